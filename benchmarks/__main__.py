@@ -1,0 +1,137 @@
+"""Command line: python -m benchmarks {run,report,compare,random}."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.engine import ENGINES
+from benchmarks.results import RESULTS, directory_lock, ensure_random
+from benchmarks.suites import ROOT, BenchmarkError, load_suite, make_jobs, select_tasks
+
+WORK = Path(__file__).resolve().parent / "work"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BenchmarkError(f"{message}; {self.prog} --help shows what there is")
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" with it
+    return parse
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks", description="Run, report and compare benchmarks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="run a suite; a second call goes on where one stopped")
+    run.add_argument("suite", help="a file in benchmarks/suites/, or a path to a .toml file")
+    run.add_argument("--jobs", type=positive(int), default=os.cpu_count(),
+                     help="runs at a time, each on one thread; by default the number of cores")
+    run.add_argument("--seeds", type=positive(int), help="K: seeds 1 to K; by default the suite's")
+    run.add_argument("--only", type=names, default=[], help="scripts, comma-separated: ppo,a2c")
+    run.add_argument("--env", type=names, default=[], help="environments, comma-separated")
+    run.add_argument("--peer", choices=["sb3"], default="",
+                     help="run Stable-Baselines3 in the scripts' place, same hyperparameters")
+    run.add_argument("--engine", choices=sorted(ENGINES), default="local", help="where runs live")
+    run.add_argument("--time-limit", type=positive(float), metavar="SECONDS",
+                     help="of a run, which is then killed; by default 600 + steps / 100")
+    run.add_argument("--work", type=Path, default=WORK, help="directory of the runs' own files")
+    run.add_argument("--results", type=Path, help="directory of the results files")
+    run.add_argument("--scripts", type=Path, default=ROOT,
+                     help="directory of the scripts, such as another commit's checkout")
+
+    report = commands.add_parser("report", help="pictures and tables from results files")
+    report.add_argument("results", type=Path, nargs="?", default=RESULTS, help="their directory")
+    report.add_argument("--readme", type=Path, help="file whose results section is rewritten")
+    report.add_argument("--check", action="store_true",
+                        help="write nothing; status 1 if the tables are not those of the results")
+
+    compare = commands.add_parser("compare", help="say whether B is better than A")
+    for side in ("a", "b"):
+        compare.add_argument(side, help="results file or directory; FILE:LABEL takes one algorithm")
+
+    random = commands.add_parser("random", help="measure random play for the normalised scores")
+    random.add_argument("env", nargs="+", help="environments")
+    random.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from benchmarks.runner import Campaign
+
+    suite = load_suite(args.suite)
+    scripts, work = args.scripts.resolve(), args.work.resolve()
+    tasks, skipped = select_tasks(suite, scripts, args.only, args.env, args.peer)
+    for line in skipped:
+        print(line)
+    jobs = make_jobs(tasks, args.seeds or suite.seeds, scripts)
+    results = args.results or (RESULTS if suite.publish else work / "results")
+    try:
+        with directory_lock(work, wait=False):
+            engine = ENGINES[args.engine]()
+            path = results.resolve() / f"{suite.name}.jsonl"
+            campaign = Campaign(jobs, work, path, engine, args.jobs, args.time_limit)
+            complete = campaign.run()
+            ensure_random(results, [job.task.env for job in jobs])
+    except BlockingIOError:
+        raise BenchmarkError(
+            f"another harness is running in {work}; wait for it, or give --work another directory"
+        ) from None
+    for failure in campaign.failures.values():
+        print(f"missing: {failure}", file=sys.stderr)
+    if complete:
+        print(f"Results: {path}\nPictures and tables: python -m benchmarks report {results}")
+    return 0 if complete else 1
+
+
+def interrupt(_number: int, _frame: Any) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the stopping short
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str]) -> int:
+    try:
+        args = make_parser().parse_args(argv)
+        if args.command == "run":
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, interrupt)
+            return run(args)
+        if args.command == "report":
+            from benchmarks.report import report
+
+            return report(args.results, args.readme, args.check)
+        if args.command == "compare":
+            from benchmarks.compare import compare
+
+            print(compare(args.a, args.b))
+            return 0
+        ensure_random(args.results, args.env)
+        return 0
+    except BenchmarkError as error:
+        print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = f"python -m benchmarks {shlex.join(argv)}"
+        print(f"benchmarks: interrupted; to go on: {again}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""Records of a suite -> groups of seeds, what is missing, published results, normalised scores."""
+
+import csv
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.results import label
+from benchmarks.suites import Suite
+
+SCRIPTS = ("reinforce", "a2c", "npg", "trpo", "ppo", "ppo_continuous", "grpo_rloo")
+REFERENCES = Path(__file__).resolve().parent / "references.csv"
+SAME_ALGORITHM = {"ppo_continuous": ("ppo_continuous", "ppo")}
+
+
+def base_script(name: str) -> str:
+    """The script that a label, of a peer or a variant too, belongs to."""
+    return re.sub(r"^sb3-| \(.*\)$", "", name)
+
+
+def label_order(name: str) -> tuple:
+    script = base_script(name)
+    return SCRIPTS.index(script) if script in SCRIPTS else len(SCRIPTS), name != script, name
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one algorithm on one environment."""
+
+    env: str
+    label: str
+    records: list[dict[str, Any]]
+
+    @property
+    def finals(self) -> np.ndarray:
+        return np.array([record["train_return_last100"] for record in self.records])
+
+    @property
+    def steps(self) -> int:
+        return self.records[0]["steps"]
+
+
+def group_records(records: list[dict[str, Any]], suite: Suite | None):
+    """Groups in the order of the tables, and notes on what does not fit together or is missing."""
+    together: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        together.setdefault((record["env"], label(record)), []).append(record)
+    envs = [task.env for task in suite.tasks] if suite else []
+    envs = list(dict.fromkeys(envs + sorted(env for env, _ in together)))
+    groups, notes = [], []
+    for key in sorted(together, key=lambda key: (envs.index(key[0]), label_order(key[1]))):
+        found, name = together[key], f"{key[1]} on {key[0]}"
+        # Curves of different lengths or flags do not average: the most seeds' are kept.
+        kinds = [(record["steps"], str(record["flags"])) for record in found]
+        kind = max(Counter(kinds).items(), key=lambda item: (item[1], item[0]))[0]
+        kept = [record for record, other in zip(found, kinds) if other == kind]
+        if left_out := [record["seed"] for record in found if record not in kept]:
+            notes.append(f"{name}: seeds {listed(left_out)} left out, of other steps or flags")
+        for what in ("script_hash", "versions"):
+            if len({str(record[what]) for record in kept}) > 1:
+                notes.append(f"{name}: the seeds differ in {what}")
+        groups.append(Group(*key, kept))
+    return groups, notes + missing_seeds(groups, suite)
+
+
+def listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def missing_seeds(groups: list[Group], suite: Suite | None) -> list[str]:
+    """A line for every task of the suite, and of its peers that were run, that lacks seeds."""
+    if not suite:
+        return []
+    found = {(group.env, group.label): group for group in groups}
+    peers = {name for _, name in found if name.startswith("sb3-")}
+    lines = []
+    for task in suite.tasks:
+        for name in (task.label, f"sb3-{task.label}"):
+            if name != task.label and name not in peers:
+                continue
+            group = found.get((task.env, name))
+            have = {record["seed"] for record in group.records} if group else set()
+            if missing := sorted(set(range(1, suite.seeds + 1)) - have):
+                lines.append(f"Missing: {name} on {task.env}, seeds {listed(missing)}")
+    return lines
+
+
+def read_references() -> list[dict[str, str]]:
+    with open(REFERENCES, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def published(script: str, env: str, steps: int) -> dict[str, str] | None:
+    """The published result nearest to a task: same algorithm and environment of any version, then
+    the nearest number of steps, then a training return, then the same version."""
+    base = lambda name: re.sub(r"-v\d+$", "", name)
+    algorithms = SAME_ALGORITHM.get(script, (script,))
+
+    def distance(row: dict[str, str]) -> tuple:
+        far = abs(math.log(int(row["steps"]) / steps))
+        return round(far, 1), "training" not in row["metric"], row["environment"] != env
+
+    rows = [
+        row for row in read_references()
+        if row["algorithm"] in algorithms and base(row["environment"]) == base(env) and row["steps"]
+    ]
+    return min(rows, key=distance, default=None)
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Scores for which random play is 0 and a published result 1, of algorithms run everywhere."""
+
+    envs: list[str]
+    scores: dict[str, list[np.ndarray]]
+    notes: list[str]
+
+
+def normalise(groups: list[Group], suite: Suite | None, random: dict[str, Any]) -> Normalised:
+    by = suite.normalise_by if suite else "ppo"
+    scales, notes = {}, []
+    for env in dict.fromkeys(group.env for group in groups):
+        steps = max(group.steps for group in groups if group.env == env)
+        reference = published(by, env, steps)
+        if not reference or env not in random:
+            notes.append(f"{env} has no normalised score: no published {by} or no random play")
+            continue
+        scales[env] = random[env]["mean"], float(reference["mean"])
+        notes.append(f"{env}: 0 is {scales[env][0]:.1f}, 1 is {scales[env][1]:.1f} "
+                     f"({reference['source']}, {reference['environment']})")
+    scores: dict[str, list[np.ndarray]] = {}
+    for name in sorted({group.label for group in groups}, key=label_order):
+        finals = {group.env: group.finals for group in groups if group.label == name}
+        if missing := [env for env in scales if env not in finals]:
+            notes.append(f"{name} is left out, with no results on {', '.join(missing)}")
+        elif scales:
+            pairs = scales.items()
+            scores[name] = [(finals[env] - low) / (high - low) for env, (low, high) in pairs]
+    return Normalised(list(scales), scores, notes)

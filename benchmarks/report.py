@@ -1,0 +1,189 @@
+"""Results files -> report.md, report.csv, the README's section, and the pictures."""
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.groups import (
+    Group,
+    Normalised,
+    base_script,
+    group_records,
+    label_order,
+    normalise,
+    published,
+)
+from benchmarks.results import RESULTS, read_random, read_results, write_atomically
+from benchmarks.stats import coverage_note, iqm_interval
+from benchmarks.suites import ROOT, BenchmarkError, load_suite
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def count(steps: int | str) -> str:
+    return f"{int(steps):,}"
+
+
+COLUMNS = (
+    "suite", "environment", "algorithm", "steps", "seeds", "mean", "std", "iqm", "iqm_low",
+    "iqm_high", "eval_mean", "wall_seconds", "published", "published_spread", "published_source",
+    "published_environment", "published_steps", "published_seeds", "published_metric",
+)
+
+
+def table_rows(suite: str, groups: list[Group]) -> list[dict[str, Any]]:
+    rows = []
+    for group in groups:
+        finals, seeds = group.finals, len(group.records)
+        estimate, low, high = iqm_interval([finals])
+        values = [suite, group.env, group.label, group.steps, seeds, finals.mean()]
+        one = [None, estimate, None, None]  # a single seed says nothing of the spread
+        values += [finals.std(ddof=1), estimate, low, high] if seeds > 1 else one
+        values.append(np.mean([record["eval_return_mean"] for record in group.records]))
+        values.append(np.median([record["wall_seconds"] for record in group.records]))
+        reference = published(base_script(group.label), group.env, group.steps) or {}
+        names = ("mean", "spread", "source", "environment", "steps", "seeds", "metric")
+        values += [reference.get(name, "") for name in names]
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def cell(x: float | None, digits: int = 1) -> str:
+    return "" if x is None else f"{x:.{digits}f}"
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
+    head = ("Environment", "Algorithm", "Steps", "Seeds", "Return: mean ± std",
+            "IQM [95 % interval]", "Time (s)", "Published", "Its source and metric")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|--:|--:|--:|--:|--:|--:|---|"]
+    for row in rows:
+        spread = f" ± {cell(row['std'])}" if row["std"] is not None else ""
+        bounds = f" [{cell(row['iqm_low'])}, {cell(row['iqm_high'])}]" if spread else ""
+        source, there = "-", "-"
+        if row["published"]:
+            there = cell(float(row["published"]))
+            there += f" ± {cell(float(s))}" if (s := row["published_spread"]) else ""
+            seeds = f", {s} seed{'s' * (s != '1')}" if (s := row["published_seeds"]) else ""
+            source = (
+                f"{row['published_source']}: {row['published_environment']}, "
+                f"{count(row['published_steps'])} steps{seeds}; {row['published_metric']}"
+            )
+        lines.append(
+            f"| {row['environment']} | {row['algorithm']} | {count(row['steps'])} | {row['seeds']} "
+            f"| {cell(row['mean'])}{spread} | {cell(row['iqm'])}{bounds} "
+            f"| {cell(row['wall_seconds'], 0)} | {there} | {source} |"
+        )
+    return lines
+
+
+def provenance(groups: list[Group]) -> str:
+    """When, on what and with what the results were measured."""
+    records = [record for group in groups for record in group.records]
+    machines = {
+        f"{m['cpu']}, {m['cores']} cores, {m.get('jobs', 1)} runs at a time"
+        for m in (record["machine"] for record in records)
+    }
+    dates, versions = sorted({record["date"] for record in records}), {}
+    for record in records:
+        for package, version in record["versions"].items():
+            versions.setdefault(package, set()).add(version)
+    packages = ", ".join(f"{x} {' and '.join(sorted(v))}" for x, v in sorted(versions.items()))
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"Measured {when} on {'; '.join(sorted(machines))}. {packages}."
+
+
+def suite_section(name: str, groups: list[Group], notes: list[str], scores: Normalised,
+                  pictures: str) -> list[str]:
+    """Pictures, table and notes of a suite, in Markdown; pictures is their directory."""
+    fewest = min(len(group.records) for group in groups)
+    labels = sorted({group.label for group in groups}, key=label_order)
+    commands = [f"python -m benchmarks run {name}"]
+    commands += [f"{commands[0]} --peer sb3"] * any(x.startswith("sb3-") for x in labels)
+    lines = [
+        f"### {name}", "",
+        f"![Learning curves of {', '.join(labels)}]({pictures}{name}_curves.png)",
+        "",
+        "Return of the training episodes against environment steps and against training time: "
+        "interquartile mean (IQM) over seeds; band: its 95 % percentile bootstrap interval; thin "
+        "lines: single seeds; dashed: Stable-Baselines3 with the same hyperparameters.", "",
+    ]
+    if scores.scores:
+        lines += [
+            f"![Normalised scores]({pictures}{name}_aggregate.png)", "",
+            f"Normalised scores over {', '.join(scores.envs)}; intervals: 95 % percentile "
+            f"bootstrap, stratified by environment. {'; '.join(scores.notes)}.", "",
+        ]
+    lines += [*markdown_table(table_rows(name, groups)), ""]
+    lines += [
+        "Return: mean over the last 100 training episodes of each seed. Time: median over seeds of "
+        "the training time. " + provenance(groups), "",
+    ]
+    if note := coverage_note(fewest):
+        lines += [note, ""]
+    lines += [f"- {note}" for note in notes] + [""] * bool(notes)
+    return [*lines, "```", *commands, "python -m benchmarks report", "```", ""]
+
+
+def replace_section(text: str, section: str) -> str:
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{section}{END}{rest.split(END, 1)[1]}"
+
+
+def report(results: Path, readme: Path | None, check: bool) -> int:
+    """Write everything that is made from the results; with check, compare the texts instead and see
+    that the pictures are there. Status 1 if something is stale."""
+    if not results.is_dir():
+        raise BenchmarkError(f"no results: {results} is not a directory of results files")
+    if readme is None and results.resolve() == RESULTS:
+        readme = ROOT / "README.md"
+    sections: dict[str, list[str]] = {"": [], "benchmarks/results/": []}
+    rows, random, todo = [], read_random(results), []
+    for name, records in read_results(results).items():
+        try:
+            suite = load_suite(name)
+        except BenchmarkError:
+            suite = None  # results of a suite outside this repository: nothing is expected
+        groups, notes = group_records(records, suite)
+        scores = normalise(groups, suite, random)
+        rows += table_rows(name, groups)
+        todo.append((name, groups, scores))
+        for pictures, lines in sections.items():
+            lines += suite_section(name, groups, notes, scores, pictures)
+        if not check:
+            print("\n".join(notes), end="\n" * bool(notes))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    texts = {
+        results / "report.md": "# Results\n\n" + "\n".join(sections[""]),
+        results / "report.csv": table.getvalue(),
+    }
+    if readme:
+        text = readme.read_text() if readme.exists() else ""
+        if BEGIN not in text or END not in text:
+            raise BenchmarkError(f"{readme} has no {BEGIN} and {END} for the results to go between")
+        texts[readme] = replace_section(text, "\n".join(["", *sections["benchmarks/results/"]]))
+    if check:
+        stale = [p for p, text in texts.items() if not p.exists() or p.read_text() != text]
+        pictures = [results / f"{name}_curves.png" for name, _, _ in todo]
+        pictures += [results / f"{name}_aggregate.png" for name, _, s in todo if s.scores]
+        stale += [path for path in pictures if not path.exists()]
+        for path in stale:
+            print(f"{path} is stale: python -m benchmarks report", file=sys.stderr)
+        return 1 if stale else 0
+    from benchmarks.plots import plot_aggregate, plot_curves
+
+    for name, groups, scores in todo:
+        plot_curves(groups, random, results / f"{name}_curves.png")
+        if scores.scores:
+            plot_aggregate(scores, results / f"{name}_aggregate.png")
+    for path, text in texts.items():
+        write_atomically(path, text)
+        print(f"wrote {path}")
+    return 0

@@ -1,0 +1,208 @@
+"""A run's directory -> one line of results/{suite}.jsonl; and reading those lines again."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.suites import BenchmarkError, Job, Task
+
+RESULTS = Path(__file__).resolve().parent / "results"
+GRID = 100  # points of a stored curve
+NUMBERS = ("steps", "wall_seconds", "sps", "train_return_last100", "eval_return_mean")
+
+
+def machine() -> dict[str, Any]:
+    """What wall-clock times depend on, and nothing that names the machine."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system()}
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json of a finished run; ValueError, in words, if it is missing or not whole."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+        missing = [name for name in NUMBERS if not math.isfinite(summary[name])]
+    except FileNotFoundError:
+        raise ValueError("wrote no summary.json") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"summary.json is not valid: {error!r:.100}") from None
+    if missing:
+        raise ValueError(f"summary.json has no finite {', '.join(missing)}")
+    return summary
+
+
+def read_scalars(run_dir: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a TensorBoard scalar. A resumed run has repeated what it had logged after
+    its last checkpoint: the later value of a step stands."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    values = {}
+    for path in sorted(run_dir.glob("events.out.tfevents.*"), key=lambda p: (p.stat().st_mtime, p)):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value if event.HasField("summary") else ():
+                if value.tag == tag and value.HasField("tensor"):
+                    values[event.step] = float(make_ndarray(value.tensor).item())
+    steps = np.array(sorted(values), float)
+    return steps, np.array([values[step] for step in steps])
+
+
+def grid_steps(steps: int) -> np.ndarray:
+    """Where a stored curve has its points: the ends of GRID equal cells."""
+    return steps * np.arange(1, GRID + 1) / GRID
+
+
+def on_grid(steps: np.ndarray, values: np.ndarray, total: int) -> np.ndarray:
+    """Mean of the values in each cell (g[k-1], g[k]]; an empty cell is interpolated, the cells
+    before the first value are NaN, those after the last repeat it."""
+    cells = np.searchsorted(grid_steps(total), steps)
+    inside = cells < GRID
+    cells, values = cells[inside], values[inside]
+    counts, sums = np.bincount(cells, minlength=GRID), np.bincount(cells, values, GRID)
+    full = np.flatnonzero(counts)
+    if not len(full):
+        return np.full(GRID, np.nan)
+    return np.interp(np.arange(GRID), full, sums[full] / counts[full], left=np.nan)
+
+
+def rounded(x: float, digits: int = 6) -> float | None:
+    """Few digits keep the committed files small."""
+    return float(f"{x:.{digits}g}") if math.isfinite(x) else None
+
+
+def make_record(job: Job, directory: Path) -> dict[str, Any]:
+    """The line of a finished run; ValueError if its files do not hold what they should."""
+    run_dir, task = directory / "run", job.task
+    summary, started = read_summary(run_dir), json.loads((directory / "job.json").read_text())
+    total = int(summary["steps"])
+    return_curve = on_grid(*read_scalars(run_dir, "charts/episodic_return"), total)
+    sps_steps, sps = read_scalars(run_dir, "charts/SPS")
+    if not len(sps) or np.isnan(return_curve).all():
+        raise ValueError("the TensorBoard events hold no charts/episodic_return or charts/SPS")
+    seconds = np.interp(grid_steps(total), sps_steps, sps_steps / sps)
+    return {
+        "env": task.env,
+        "script": f"{task.peer}-{task.script}" if task.peer else task.script,
+        "variant": task.variant,
+        "seed": job.seed,
+        "steps": total,
+        "flags": task.flags,
+        "script_hash": job.script_hash,
+        "versions": job.versions,
+        "machine": started["machine"],
+        "date": started["date"],
+        "commit": started["commit"],
+        **{name: rounded(summary[name]) for name in NUMBERS if name != "steps"},
+        "curve": {
+            "return": [rounded(x, 5) for x in return_curve],
+            "seconds": [rounded(x, 4) for x in seconds],
+        },
+    }
+
+
+def label(record: dict[str, Any]) -> str:
+    return Task(record["script"], "", 1, variant=record["variant"]).label
+
+
+def record_key(record: dict[str, Any]) -> tuple:
+    flags = json.dumps(record["flags"], sort_keys=True)
+    return record["env"], record["script"], record["variant"], flags, record["seed"]
+
+
+@contextlib.contextmanager
+def directory_lock(directory: Path, wait: bool) -> Iterator[None]:
+    """Hold a directory against other harnesses; BlockingIOError if it is held and wait is off."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def merge_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Put lines into a results file, in the place of those of the same run; the others stay."""
+    with directory_lock(path.parent, wait=True):
+        old = read_records(path) if path.exists() else []
+        merged = {record_key(record): record for record in old + records}
+        lines = [json.dumps(merged[key], separators=(",", ":")) for key in sorted(merged)]
+        text = "".join(line + "\n" for line in lines)
+        if not path.exists() or path.read_text() != text:
+            write_atomically(path, text)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            _ = record_key(record), record["curve"]["return"], record["train_return_last100"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{path} is no results file: {error!r:.120}") from None
+    return records
+
+
+def read_results(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Suite name -> records, of one results file or of a directory of them."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise BenchmarkError(f"no results in {path}: `python -m benchmarks run` writes them")
+    return {file.stem: read_records(file) for file in files}
+
+
+def measure_random(env_id: str, episodes: int = 100) -> dict[str, Any]:
+    """Return of uniformly random actions, the 0 of the normalised score."""
+    import gymnasium as gym
+
+    try:
+        env = gym.make(env_id)
+    except Exception as error:
+        raise BenchmarkError(f"cannot make {env_id}: {error}") from None
+    env.action_space.seed(0)
+    returns = []
+    for episode in range(episodes):
+        env.reset(seed=episode)
+        total, done = 0.0, False
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, done = total + float(reward), terminated or truncated
+        returns.append(total)
+    env.close()
+    mean, std = rounded(np.mean(returns).item()), rounded(np.std(returns, ddof=1).item())
+    return {"mean": mean, "std": std, "episodes": episodes}
+
+
+def read_random(results: Path) -> dict[str, dict[str, Any]]:
+    path = results / "random.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def ensure_random(results: Path, envs: list[str]) -> None:
+    """Measure random play where results/random.json does not have it yet."""
+    missing = [env for env in dict.fromkeys(envs) if env not in read_random(results)]
+    measured = {env: measure_random(env) for env in missing}
+    with directory_lock(results, wait=True):
+        known = read_random(results) | measured
+        if measured:
+            text = json.dumps(known, indent=2, sort_keys=True)
+            write_atomically(results / "random.json", text + "\n")

@@ -1,0 +1,772 @@
+"""The benchmark harness: its statistics, its results files, and what it does when runs go wrong."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+from torch.utils.tensorboard import SummaryWriter
+
+from benchmarks import compare, groups, peers, report, results, runner, stats, suites
+from benchmarks.__main__ import main
+from benchmarks.engine import LocalEngine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 10, 11])
+def test_iqm_is_the_trimmed_mean(n):
+    x = np.random.default_rng(n).normal(size=(3, n))
+    expected = [np.mean(sorted(row)[n // 4 : n - n // 4]) for row in x]
+    np.testing.assert_allclose(stats.iqm(x), expected)
+    np.testing.assert_allclose(stats.iqm(x.T, axis=0), expected)
+
+
+def test_iqm_closed_form():
+    assert stats.iqm(np.array([8.0, 1, 2, 7, 3, 6, 4, 5])) == 4.5  # of 3, 4, 5, 6
+    assert stats.iqm(np.array([-1e9, 1, 2, 1e9])) == 1.5
+
+
+def test_interval_is_that_of_all_resamples():
+    """Of 5 seeds there are 5^5 resamples: their percentiles, exactly, and by SciPy's sampling."""
+    x = np.array([0.0, 1, 2, 4, 8])
+    every = [np.mean(sorted(drawn)[1:4]) for drawn in itertools.product(x, repeat=5)]
+    estimate, low, high = stats.iqm_interval([x], resamples=50_000)
+    assert estimate == pytest.approx(7 / 3)
+    np.testing.assert_allclose([low, high], np.percentile(every, [2.5, 97.5]), atol=0.35)
+    middle, *bounds = stats.curve_iqm(np.stack([x, 2 * x], axis=1), resamples=50_000)
+    np.testing.assert_allclose(middle, [7 / 3, 14 / 3])
+    np.testing.assert_allclose(bounds[1], [high, 2 * high], atol=0.35)
+
+
+def test_interval_of_two_seeds_is_enumerable():
+    """Of two seeds, a quarter of the resamples is (0, 0) and a quarter (1, 1)."""
+    assert stats.iqm_interval([np.array([0.0, 1.0])]) == (0.5, 0.0, 1.0)
+
+
+def test_bootstrap_is_stratified():
+    """Seeds are resampled within an environment: constant environments leave nothing to vary."""
+    strata = [np.zeros(5), np.ones(5)]
+    assert stats.iqm_interval(strata) == (0.5, 0.5, 0.5)
+    share, low, high = stats.performance_profile(strata, np.array([-0.5, 0.5, 1.5]))
+    assert share.tolist() == low.tolist() == high.tolist() == [1, 0.5, 0]
+
+
+def test_interval_covers_as_stated():
+    """From few normal samples a 95 % interval holds the truth less often than that, and from 5
+    less often than from 20: the reason for the coverage note."""
+    rng = np.random.default_rng(0)
+
+    def coverage(n):
+        bounds = [stats.iqm_interval([rng.normal(size=n)], resamples=300)[1:] for _ in range(400)]
+        return np.mean([low <= 0 <= high for low, high in bounds])
+
+    # The note says about 85-90 % for 5; of 400 intervals the share is good to 5 points or so.
+    assert 0.80 < coverage(5) < 0.95 and coverage(5) < coverage(20)
+
+
+def test_coverage_note_below_ten_seeds():
+    assert "95 %" in stats.coverage_note(9) and not stats.coverage_note(10)
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (5, 5), (7, 4)])
+def test_probability_of_improvement_is_mann_whitney(n, m):
+    rng = np.random.default_rng(n)
+    x, y = rng.integers(0, 5, size=n).astype(float), rng.integers(0, 5, size=m).astype(float)
+    expected = scipy_stats.mannwhitneyu(x, y).statistic / (n * m)
+    assert stats.probability_of_improvement(x, y) == pytest.approx(expected)
+    assert stats.probability_of_improvement(x, x) == pytest.approx(0.5)
+
+
+def test_paired_interval_resamples_both_sides():
+    x, y = np.array([0.0, 1.0]), np.array([0.0, 1.0])
+    assert stats.paired_interval(stats.difference_of_iqm, [x], [y]) == (0.0, -1.0, 1.0)
+    chance = stats.paired_interval(stats.probability_of_improvement, [x + 5, x - 5], [y, y])
+    assert chance == (0.5, 0.5, 0.5)  # sure on one environment, hopeless on the other
+
+
+def test_a_planted_outlier_moves_the_interval():
+    x = np.arange(10.0)
+    for seed in range(10):  # whichever seed it is: every one counts
+        planted = x.copy()
+        planted[seed] = 1000
+        assert stats.iqm_interval([planted])[2] > stats.iqm_interval([x])[2] + 10
+    curves = np.tile(x[:, None], (1, 3))
+    curves[4, 1] = 1000
+    _, _, high = stats.curve_iqm(curves)
+    assert high[1] > high[0] == high[2]
+
+
+# --- Suites and hashes ----------------------------------------------------------------------------
+
+SCRIPT = '''"""Docstring."""
+RATE = 0.5  # a comment
+class Args:
+    rate: float = RATE
+    """a field's docstring"""
+def step(x):
+    """What it does."""
+    return x + RATE
+# === Plumbing: the same in every script ===
+def bar(): print("progress")
+'''
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ("a comment", "another comment", True),
+        ('"""Docstring."""', '"""Another."""', True),
+        ('"""a field\'s docstring"""', '"""another"""', True),
+        ('    """What it does."""\n', "", True),
+        ('print("progress")', 'print("no progress")', True),
+        ("x + RATE", "(x+RATE)", True),
+        ("RATE = 0.5", "RATE = 0.6", False),
+        ("x + RATE", "x - RATE", False),
+        ("rate: float", "rates: float", False),
+    ],
+)
+def test_hash_is_of_what_is_computed(tmp_path, old, new, same):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    before = suites.script_hash(path)
+    assert old in SCRIPT
+    path.write_text(SCRIPT.replace(old, new))
+    assert (suites.script_hash(path) == before) is same
+
+
+def test_hash_of_the_real_script(tmp_path):
+    """An edited constant of ppo.py is another algorithm, edited plumbing is not."""
+    source, copy = (ROOT / "ppo.py").read_text(), tmp_path / "ppo.py"
+    assert source.count(suites.BANNER) == 1
+    for old, new, same in (
+        ("= 2.5e-4", "= 2.6e-4", False),
+        ('"""name of the experiment', '"""Name of the experiment', True),
+        ("{left:.0f} s left", "{left:.0f} s to go", True),
+    ):
+        assert old in source
+        copy.write_text(source.replace(old, new))
+        assert (suites.script_hash(copy) == suites.script_hash(ROOT / "ppo.py")) is same
+
+
+@pytest.mark.parametrize("path", sorted(suites.SUITES.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_suites_load(path):
+    suite = suites.load_suite(path.stem)
+    assert suite.seeds >= 2
+    for task in suite.tasks:
+        assert suites.library_versions(task)["gymnasium"]
+        assert groups.published(suite.normalise_by, task.env, task.steps), task
+
+
+def test_job_names_depend_on_all_that_matters():
+    job = suites.Job(suites.Task("ppo", "CartPole-v1", 100), 1, b"", "hash", {"torch": "2"}, None)
+    others = [
+        replace(job, seed=2),
+        replace(job, script_hash="other"),
+        replace(job, versions={"torch": "3"}),
+        replace(job, task=replace(job.task, flags={"gamma": 0.9})),
+        replace(job, task=replace(job.task, steps=200)),
+        replace(job, task=replace(job.task, peer="sb3")),
+    ]
+    assert len({j.name for j in [job, *others]}) == len(others) + 1
+    assert replace(job, commit="abc", source=b"# comment").name == job.name
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+def test_grid_holds_means_of_cells():
+    steps = np.array([5.0, 10, 11, 30, 1000])  # cells of 10: (0, 10], (10, 20], ...
+    curve = results.on_grid(steps, np.array([1.0, 3, 7, 9, 100]), 1000)
+    assert curve[:3].tolist() == [2, 7, 9]
+    assert curve[99] == 100
+    np.testing.assert_allclose(curve[3:99], np.interp(np.arange(3, 99), [2, 99], [9, 100]))
+    late = results.on_grid(np.array([25.0]), np.array([4.0]), 1000)
+    assert np.isnan(late[:2]).all() and (late[2:] == 4).all()
+    assert np.isnan(results.on_grid(np.array([]), np.array([]), 10)).all()
+
+
+def test_a_resumed_runs_events_are_read_once(tmp_path):
+    """What was logged after the last checkpoint is logged again: the later value stands."""
+    for values, offset in (({1: 1.0, 2: 2.0, 3: 3.0}, 0), ({3: 30.0, 4: 40.0}, 5)):
+        writer = SummaryWriter(str(tmp_path), purge_step=min(values))
+        for step, value in values.items():
+            writer.add_scalar("charts/SPS", value, step)
+        writer.close()
+        newest = max(tmp_path.glob("events*"), key=lambda p: p.stat().st_mtime_ns)
+        os.utime(newest, (offset, offset))
+    steps, values = results.read_scalars(tmp_path, "charts/SPS")
+    assert steps.tolist() == [1, 2, 3, 4] and values.tolist() == [1, 2, 30, 40]
+
+
+def make_record(env="CartPole-v1", script="ppo", seed=1, final=100.0, **more):
+    curve = {"return": [None] + [final] * 99, "seconds": [0.1 * k for k in range(1, 101)]}
+    return {
+        "env": env, "script": script, "variant": "", "seed": seed, "steps": 500_000, "flags": {},
+        "script_hash": "h", "versions": {"torch": "2"}, "machine": {"cpu": "x", "cores": 2},
+        "date": "2026-01-02", "commit": None, "wall_seconds": 10.0, "sps": 50_000.0,
+        "train_return_last100": final, "eval_return_mean": final, "curve": curve, **more,
+    }
+
+
+def test_merging_replaces_a_run_and_keeps_the_others(tmp_path):
+    path = tmp_path / "classic.jsonl"
+    results.merge_records(path, [make_record(seed=s, final=s) for s in (2, 1, 3)])
+    first = path.read_text()
+    results.merge_records(path, [])
+    assert path.read_text() == first
+    new = [make_record(seed=2, final=7.0), make_record(seed=2, flags={"a": 1})]
+    results.merge_records(path, new)
+    records = results.read_records(path)
+    found = {(r["seed"], str(r["flags"])): r["train_return_last100"] for r in records}
+    assert found == {(1, "{}"): 1, (2, "{}"): 7, (3, "{}"): 3, (2, "{'a': 1}"): 100}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "wrote no summary"),
+        ("", "not valid"),
+        ('{"steps": 5', "not valid"),
+        ("[]", "not valid"),
+        ('{"steps": 5}', "not valid"),
+        ('{"steps": NaN, "wall_seconds": 1, "sps": 1, "train_return_last100": 1, '
+         '"eval_return_mean": 1}', "no finite steps"),
+        ('{"steps": 5, "wall_seconds": 1, "sps": 1, "train_return_last100": null, '
+         '"eval_return_mean": 1}', "not valid"),
+    ],
+)
+def test_an_unfit_summary_says_what_is_wrong(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        results.read_summary(tmp_path)
+
+
+def test_random_play_of_cartpole_is_the_known_number(tmp_path):
+    results.ensure_random(tmp_path, ["CartPole-v1", "CartPole-v1"])
+    measured = results.read_random(tmp_path)["CartPole-v1"]
+    assert measured["episodes"] == 100 and 18 < measured["mean"] < 27  # about 22
+
+
+# --- Report and comparison ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classic(tmp_path):
+    """A results directory: PPO and its peer on classic, one seed of the peer missing."""
+    rng = np.random.default_rng(0)
+    levels = {"CartPole-v1": 450, "Acrobot-v1": -90, "LunarLander-v3": 200}
+    records = [
+        make_record(env, script, seed, round(float(rng.normal(level, 10)), 2))
+        for env, level in levels.items() for script in ("ppo", "sb3-ppo") for seed in range(1, 11)
+        if (env, script, seed) != ("Acrobot-v1", "sb3-ppo", 7)
+    ]
+    results.merge_records(tmp_path / "classic.jsonl", records)
+    scale = {env: {"mean": level - 300, "std": 1, "episodes": 100} for env, level in levels.items()}
+    (tmp_path / "random.json").write_text(json.dumps(scale))
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    return tmp_path
+
+
+def test_report_is_reproducible_and_knows_when_it_is_stale(classic, capsys):
+    arguments = ["report", str(classic), "--readme", str(classic / "README.md")]
+    assert main([*arguments, "--check"]) == 1
+    assert main(arguments) == 0
+    made = {path.name: path.read_bytes() for path in classic.iterdir()}
+    assert {"report.md", "report.csv", "classic_curves.png", "classic_aggregate.png"} <= set(made)
+    readme = made["README.md"].decode()
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert main([*arguments, "--check"]) == 0
+    assert main(arguments) == 0
+    assert {path.name: path.read_bytes() for path in classic.iterdir()} == made
+    capsys.readouterr()
+    results.merge_records(classic / "classic.jsonl", [make_record(seed=3, final=1.0)])
+    assert main([*arguments, "--check"]) == 1
+    assert "README.md is stale" in capsys.readouterr().err
+
+
+def test_report_counts_every_seed_and_names_the_missing(classic, capsys):
+    main(["report", str(classic)])
+    text = (classic / "report.md").read_text()
+    assert "Missing: sb3-ppo on Acrobot-v1, seeds 7" in text
+    assert "Missing: sb3-ppo on Acrobot-v1, seeds 7" in capsys.readouterr().out
+    assert text.count("Missing") == 1
+    records = results.read_records(classic / "classic.jsonl")
+    records = [r for r in records if (r["env"], r["script"]) == ("CartPole-v1", "ppo")]
+    finals = np.array([r["train_return_last100"] for r in records])
+    assert f"| 10 | {finals.mean():.1f} ± {np.std(finals, ddof=1):.1f} |" in text
+    assert f"{scipy_stats.trim_mean(finals, 0.25):.1f} [" in text
+    row = next(line for line in text.splitlines() if line.startswith("| Acrobot-v1 | sb3-ppo"))
+    assert "| 9 |" in row and "-86.4 ± 1.3 | cleanrl" in row
+    assert "With 9 seeds a 95 % bootstrap interval covers less" in text
+
+
+def test_seeds_that_do_not_belong_together_are_named():
+    records = [make_record(seed=s) for s in range(1, 9)]
+    records += [make_record(seed=9, steps=100), make_record(seed=10, script_hash="other")]
+    found, notes = groups.group_records(records, suites.load_suite("classic"))
+    assert len(found[0].records) == 9
+    assert "ppo on CartPole-v1: seeds 9 left out, of other steps or flags" in notes
+    assert "ppo on CartPole-v1: the seeds differ in script_hash" in notes
+    assert "Missing: ppo on CartPole-v1, seeds 9" in notes
+    assert "Missing: ppo on Acrobot-v1, seeds 1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in notes
+
+
+def test_normalised_score_is_0_at_random_and_1_at_the_reference():
+    random_play = {"CartPole-v1": {"mean": 20.0}}
+    finals = {1: 20.0, 2: 490.04, 3: 255.02}
+    records = [make_record(seed=s, final=x) for s, x in finals.items()]
+    found, _ = groups.group_records(records, None)
+    normalised = groups.normalise(found, None, random_play)
+    np.testing.assert_allclose(normalised.scores["ppo"][0], [0, 1, 0.5])
+    assert "1 is 490.0 (cleanrl" in normalised.notes[0]
+
+
+def test_published_results_are_the_nearest():
+    row = groups.published("ppo", "LunarLander-v3", 1_000_000)
+    assert row and (row["environment"], row["mean"]) == ("LunarLander-v2", "242.119")
+    row = groups.published("ppo_continuous", "HalfCheetah-v5", 1_000_000)
+    assert row and (row["environment"], row["mean"]) == ("HalfCheetah-v4", "1442.64")
+    assert groups.published("grpo_rloo", "CartPole-v1", 1000) is None
+
+
+def test_committed_report_is_that_of_the_results(capsys):
+    if not list(results.RESULTS.glob("*.jsonl")):
+        pytest.skip("no results are committed yet")
+    assert main(["report", "--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shift, seeds, words",
+    [
+        (100, 10, "B is better"),
+        (-100, 10, "B is worse"),
+        (1, 10, "cannot tell from this many seeds, 10 and 10"),
+        (100, 9, "cannot tell from this many seeds: 9 and 9"),
+        (0, 30, "cannot tell from this many seeds, 30 and 30"),
+    ],
+)
+def test_compare_says_only_what_the_seeds_allow(tmp_path, capsys, shift, seeds, words):
+    rng = np.random.default_rng(0)
+    for name, mean in (("a", 0), ("b", shift)):
+        finals = rng.normal(mean, 10, seeds).tolist()
+        records = [make_record(seed=s, final=x) for s, x in enumerate(finals)]
+        results.merge_records(tmp_path / name / "classic.jsonl", records)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b" / "classic.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert words in said and "CartPole-v1 ppo: P(B > A) = " in said
+    assert ("covers less than 95 %" in said) is (seeds < 10)
+
+
+def test_compare_needs_both_statistics():
+    """Better by a hair in every pair is better; equal returns are not."""
+    a = np.arange(10.0)
+    assert "better" in compare.verdict(a, a + 100)
+    # The probability of improvement is sure, as 8 of 10 gain a little; the IQM may have fallen.
+    mostly = np.array([-90.0, -90, -80, -80, 10.1, 10.1, 10.2, 10.2, 10.3, 10.3])
+    assert "cannot tell" in compare.verdict(np.linspace(9, 10, 10), mostly)
+    assert "cannot tell" in compare.verdict(np.full(10, 500.0), np.full(10, 500.0))
+
+
+def test_compare_two_algorithms_of_one_file(classic, capsys):
+    path = classic / "classic.jsonl"
+    assert main(["compare", f"{path}:ppo", f"{path}:sb3-ppo"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("P(B > A)") == 3 and "Acrobot-v1: " in said
+    assert main(["compare", f"{path}:ppo", f"{path}:a2c"]) == 2
+    assert "no results of a2c" in capsys.readouterr().err
+
+
+# --- The peer -------------------------------------------------------------------------------------
+
+
+class NoFiles:
+    """Stands for a run's files and keeps what it is told."""
+
+    def begin(self):
+        self.steps, self.returns = [], []
+
+    def iteration(self, step, ended):
+        self.steps.append(step)
+        self.returns += [episode[0] for episode in ended]
+
+
+def test_peer_has_the_scripts_hyperparameters():
+    flags = {"anneal_clip": True, "num-envs": 2, "num_steps": 64, "norm_obs": True}
+    settings = peers.peer_settings(ROOT / "ppo.py", flags)
+    run = NoFiles()
+    model = peers.train("CartPole-v1", 1, 512, settings, run)
+    assert run.steps == [128, 256, 384, 512] and run.returns and min(run.returns) >= 8
+    assert (model.n_steps, model.batch_size, model.n_epochs) == (64, 32, 4)
+    assert (model.gamma, model.gae_lambda, model.ent_coef) == (0.99, 0.95, 0.01)
+    assert model.vf_coef == 0.25  # its loss has no 1/2
+    assert model.policy.optimizer.defaults["eps"] == 1e-5
+    # SB3 has counted all iterations as done at the last update: ours is at 1/4 of the start then.
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-4 / 4)
+    assert model.clip_range(0.75) == pytest.approx(0.2)
+    assert model.clip_range_vf(0) == pytest.approx(0.05)
+    shapes = [tuple(p.shape) for p in model.policy.mlp_extractor.policy_net.parameters()]
+    assert shapes == [(64, 4), (64,), (64, 64), (64,)]
+    assert model.get_env().norm_obs and not model.get_env().norm_reward
+
+
+@pytest.mark.parametrize("flags", [{"target_kl": 0.01}, {"kl_coef": 1.0}, {"norm_adv": "batch"},
+                                   {"clip_coef": "None"}, {"no_such_flag": 1}])
+def test_peer_refuses_what_it_cannot_do(flags):
+    with pytest.raises(suites.BenchmarkError):
+        peers.peer_settings(ROOT / "ppo.py", flags)
+
+
+# --- Running: scripts that do what they should not ------------------------------------------------
+
+FAKE_SCRIPT = '''
+import json, os, shutil, signal, sys, time
+from pathlib import Path
+
+argv = sys.argv[1:]
+resumed = argv[0] == "--resume"
+if resumed:
+    run_dir = Path(argv[1]).parent
+    if Path(argv[1]).read_text() == "damaged":
+        sys.exit(2)
+    args = json.loads(Path(argv[1]).read_text())
+else:
+    args = dict(zip(argv[::2], argv[1::2]))
+    run_dir = Path(args["--run-dir"])
+mode, steps = args.get("--mode", "good"), int(args["--total-timesteps"])
+assert os.environ["OMP_NUM_THREADS"] == "1"
+assert not (run_dir / "checkpoint.pt").exists() or resumed, "refused: the directory holds a run"
+run_dir.mkdir(parents=True, exist_ok=True)
+before = list(run_dir.parent.glob("attempt*"))
+(run_dir.parent / f"attempt{len(before)}").write_text("resumed" if resumed else "afresh")
+shutil.copy(EVENTS, run_dir / "events.out.tfevents.1.host.1.0")
+print(f"{steps // 2:>9} steps,  50%, return 7.5, 1000 steps/s, 1 s left", flush=True)
+if mode == "crash":
+    sys.exit("went wrong: the last words of a script")
+if mode == "noise":
+    os.write(1, bytes(range(256)) * 100)
+    os.write(2, bytes(range(256)) * 100)
+    (run_dir / "summary.json").write_bytes(bytes(range(256)))
+    sys.exit(0)
+if mode == "truncated":
+    (run_dir / "summary.json").write_text('{"steps": 100, "wall_se')
+    sys.exit(0)
+if mode == "no-events":
+    (run_dir / "events.out.tfevents.1.host.1.0").write_bytes(bytes(range(256)))
+if mode in ("killed-once", "damaged") and not before or mode == "killed-always":
+    saved = "damaged" if mode == "damaged" else json.dumps(args)
+    (run_dir / "checkpoint.pt").write_text(saved)
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "hang":
+    (run_dir / "checkpoint.pt").write_text(json.dumps(args))
+    time.sleep(100)
+summary = dict(steps=steps, wall_seconds=1.0, sps=steps, train_return_last100=7.5,
+               eval_return_mean=8.5)
+(run_dir / "summary.json").write_text(json.dumps(summary))
+'''
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A folder with fake scripts, and a function that writes a suite of their modes."""
+    writer = SummaryWriter(str(tmp_path / "events"))
+    for step in range(10, 101, 10):
+        writer.add_scalar("charts/episodic_return", step / 10, step)
+        writer.add_scalar("charts/SPS", 100.0, step)
+    writer.close()
+    (events,) = (tmp_path / "events").glob("events*")
+    (tmp_path / "fake.py").write_text(FAKE_SCRIPT.replace("EVENTS", repr(str(events))))
+    # Random play is known, so that it is not measured in each test.
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "random.json").write_text('{"CartPole-v1": {"mean": 22}}')
+
+    class Fake:
+        path, work = tmp_path, tmp_path / "work"
+
+        def suite(self, *modes, seeds=1):
+            task = '[[task]]\nscript = "fake"\nenv = "CartPole-v1"\nsteps = 100\n'
+            tasks = [f'{task}variant = "{m}"\nflags = {{ mode = "{m}" }}\n' for m in modes]
+            (tmp_path / "odd.toml").write_text(f"seeds = {seeds}\n" + "".join(tasks))
+
+        def command(self, *more):
+            line = ["run", str(tmp_path / "odd.toml"), "--scripts", str(tmp_path), "--jobs", "4"]
+            line += ["--work", str(self.work), "--results", str(tmp_path / "results"), *more]
+            return [sys.executable, "-m", "benchmarks", *line]
+
+        def start(self, *more):
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            return subprocess.Popen(self.command(*more), cwd=ROOT, **pipes)
+
+        def run(self, *more):
+            return subprocess.run(self.command(*more), cwd=ROOT, capture_output=True, text=True)
+
+        def records(self):
+            path = tmp_path / "results" / "odd.jsonl"
+            return {(r["variant"], r["seed"]): r for r in results.read_records(path)}
+
+        def attempts(self, mode):
+            files = sorted(self.work.glob(f"*{mode}*/attempt*"))
+            return [file.read_text() for file in files]
+
+        def wait_for_attempt(self, mode):
+            return wait_for(lambda: self.attempts(mode))
+
+    return Fake()
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended but that nobody waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_run_that_goes_wrong_is_reported_and_harms_no_other(fake):
+    fake.suite("good", "crash", "hang", "noise", "truncated", "no-events", "killed-always")
+    ended = fake.run("--time-limit", "3")
+    assert ended.returncode == 1
+    assert set(fake.records()) == {("good", 1)}
+    missing = {line for line in ended.stderr.splitlines() if line.startswith("missing: ")}
+    assert len(missing) == 6
+    for mode, words in {
+        "crash": "ended with status 1",
+        "hang": "ran past its time limit",
+        "noise": "summary.json is not valid",
+        "truncated": "summary.json is not valid",
+        "no-events": "hold no charts/",
+        "killed-always": "was killed twice",
+    }.items():
+        line = next(line for line in missing if f"({mode})" in line)
+        assert words in line
+    assert "| went wrong: the last words of a script" in ended.stdout
+    assert fake.attempts("killed-always") == ["afresh", "resumed"]
+    assert len(fake.attempts("crash")) == 1
+    # A second call tries the failed again and the finished not.
+    assert fake.run("--time-limit", "3").returncode == 1
+    assert len(fake.attempts("good")) == 1 and len(fake.attempts("crash")) == 2
+    assert fake.attempts("hang") == ["afresh", "resumed"]
+
+
+def test_killed_once_is_resumed_and_a_damaged_checkpoint_starts_afresh(fake):
+    fake.suite("killed-once", "damaged")
+    ended = fake.run()
+    assert ended.returncode == 0, ended.stderr
+    assert fake.attempts("killed-once") == ["afresh", "resumed"]
+    assert fake.attempts("damaged") == ["afresh", "afresh"]
+    assert set(fake.records()) == {("killed-once", 1), ("damaged", 1)}
+
+
+def test_finished_runs_are_skipped_and_changed_algorithms_run_again(fake):
+    fake.suite("good", seeds=2)
+    assert fake.run("--seeds", "1").returncode == 0 and len(fake.attempts("good")) == 1
+    assert fake.run().returncode == 0 and len(fake.attempts("good")) == 2
+    before = (fake.path / "results" / "odd.jsonl").read_bytes()
+    assert "2 of 2 runs were finished before" in fake.run().stdout
+    script = fake.path / "fake.py"
+    script.write_text("# a comment\n" + script.read_text())
+    assert fake.run().returncode == 0 and len(fake.attempts("good")) == 2
+    assert (fake.path / "results" / "odd.jsonl").read_bytes() == before
+    script.write_text("CHANGED = 1\n" + script.read_text())
+    assert fake.run().returncode == 0 and len(fake.attempts("good")) == 4
+    assert len(fake.records()) == 2
+    record = fake.records()["good", 1]
+    assert record["curve"]["return"][9:30:10] == [1, 2, 3]
+    assert record["curve"]["seconds"][99] == 1 and record["train_return_last100"] == 7.5
+
+
+def test_an_edit_during_a_campaign_does_not_get_into_it(fake):
+    fake.suite("good", seeds=3)
+    job, *_ = suites.make_jobs(suites.load_suite(str(fake.path / "odd.toml")).tasks, 1, fake.path)
+    (fake.path / "fake.py").write_text("raise SystemExit(1)")
+    arguments = [job], fake.work, fake.path / "results" / "odd.jsonl", LocalEngine(), 1, None
+    assert runner.Campaign(*arguments).run()
+
+
+def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(fake):
+    fake.suite("hang")
+    harness = fake.start()
+    fake.wait_for_attempt("hang")
+    pid = int(next(fake.work.glob("*/pid")).read_text())
+    harness.send_signal(signal.SIGINT)
+    _, said = harness.communicate(timeout=20)
+    assert harness.returncode == 130 and not alive(pid)
+    assert said.startswith("benchmarks: interrupted; to go on: python -m benchmarks run")
+    assert said.count("\n") == 1
+
+
+def test_two_harnesses_on_one_directory(fake):
+    fake.suite("hang", "good")
+    first = fake.start("--time-limit", "4")
+    fake.wait_for_attempt("hang")
+    second = fake.run()
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert "another harness is running in" in second.stderr
+    first.communicate(timeout=20)
+    assert set(fake.records()) == {("good", 1)} and len(fake.attempts("good")) == 1
+
+
+def test_what_a_killed_harness_left_running_is_ended(fake):
+    """Two processes in one run directory would spoil it."""
+    fake.suite("hang")
+    harness = fake.start()
+    fake.wait_for_attempt("hang")
+    wait_for(lambda: list(fake.work.glob("*/run/checkpoint.pt")))
+    pid = int(next(fake.work.glob("*/pid")).read_text())
+    harness.kill()
+    harness.communicate()
+    assert alive(pid)
+    second = fake.run("--time-limit", "1")
+    assert not alive(pid)
+    assert second.returncode == 1 and fake.attempts("hang") == ["afresh", "resumed"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["run", "clasic"], "no suite clasic; there are: classic, "),
+        (["run", "classic", "--only", "pppo"], "no script pppo in suite classic; there are: ppo"),
+        (["run", "classic", "--env", "CartPole-v9"], "no environment CartPole-v9 in suite classic"),
+        (["run", "smoke", "--scripts", "tests", "--only", "ppo"], "there is no script ppo.py in"),
+        (["run", "smoke", "--jobs", "0"], "argument --jobs: 0 is not above 0"),
+        (["run", "smoke", "--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
+        (["run", "smoke", "--engine", "cloud"], "invalid choice: 'cloud'"),
+        (["walk"], "invalid choice: 'walk'"),
+        ([], "required: command"),
+        (["report", "/no/such/directory"], "no results"),
+        (["report", "pyproject.toml"], "not a directory"),
+        (["compare", "nowhere", "nothing.jsonl"], "no results in nowhere"),
+        (["random", "CartPole-v9"], "CartPole-v9"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(arguments, words, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and said.startswith("benchmarks: ")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[[task", "odd.toml"),
+        ("seeds = 1", "odd.toml: 'task'"),
+        ('[[task]]\nscript = "fake"\nenv = "NoSuch-v0"\nsteps = 1', "no environment NoSuch-v0"),
+        ('[[task]]\nscript = "fake"\nenv = "CartPole-v1"\nsteps = "many"', "positive integer"),
+        ('[[task]]\nscript = "fake"\nenv = "CartPole-v1"\nsteps = 1\nsed = 1', "sed"),
+        ('[[task]]\nscript = "fake"\nenv = "CartPole-v1"\nsteps = 1\n' * 2, "listed twice"),
+    ],
+)
+def test_a_wrong_suite_is_one_clear_line(fake, text, words, capsys):
+    (fake.path / "odd.toml").write_text(text)
+    assert main(fake.command()[3:]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_a_script_that_does_not_exist_yet_is_skipped(fake, capsys):
+    fake.suite("good")
+    tasks = '[[task]]\nscript = "later"\nenv = "CartPole-v1"\nsteps = 1\n'
+    with open(fake.path / "odd.toml", "a") as file:
+        file.write(tasks)
+    ended = fake.run()
+    assert ended.returncode == 0 and "later: no such script yet" in ended.stdout
+    assert set(fake.records()) == {("good", 1)}
+
+
+# --- Running: the real script ---------------------------------------------------------------------
+
+
+def lasting(path):
+    """What of a results file does not depend on when and how fast it was measured."""
+    records = results.read_records(path)
+    for record in records:
+        for name in ("date", "wall_seconds", "sps", "machine", "commit"):
+            del record[name]
+        del record["curve"]["seconds"]
+    return records
+
+
+def smoke_command(work):
+    return [sys.executable, "-m", "benchmarks", "run", "smoke", "--work", str(work)]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke suite, run end to end once."""
+    work = tmp_path_factory.mktemp("smoke")
+    ended = subprocess.run(smoke_command(work), cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return work
+
+
+def test_smoke_suite_end_to_end(smoke, tmp_path):
+    copy = tmp_path / "results"
+    shutil.copytree(smoke / "results", copy)
+    records = results.read_records(copy / "smoke.jsonl")
+    assert [r["seed"] for r in records] == [1, 2]
+    for record in records:
+        assert record["train_return_last100"] > 35  # random play: 22
+        returns, times = record["curve"]["return"], record["curve"]["seconds"]
+        assert len(returns) == len(times) == results.GRID and returns[0] is None
+        assert times == sorted(times)
+        assert times[-1] == pytest.approx(record["wall_seconds"], rel=0.2)
+        assert np.mean(returns[-20:]) == pytest.approx(record["train_return_last100"], rel=0.3)
+        assert set(record["versions"]) == {"python", "torch", "numpy", "gymnasium"}
+    assert main(["report", str(copy)]) == 0
+    assert "| CartPole-v1 | ppo | 16,384 | 2 |" in (copy / "report.md").read_text()
+
+
+def test_killed_harness_gives_the_same_results(smoke, tmp_path):
+    """SIGKILL to the harness, first when a run has a checkpoint, then at random moments; its runs
+    go on as orphans or were in the middle."""
+    moments = [random.uniform(0.5, 5) for _ in range(2)]
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for moment in (0, *moments):
+        harness = subprocess.Popen(smoke_command(tmp_path), **quiet)
+        if not moment:
+            wait_for(lambda: list(tmp_path.glob("*/run/checkpoint.pt")))
+        time.sleep(moment)
+        harness.kill()
+        harness.wait()
+    assert subprocess.run(smoke_command(tmp_path), **quiet).returncode == 0
+    commands = [json.loads(p.read_text())["command"] for p in tmp_path.glob("*/job.json")]
+    assert any("--resume" in command for command in commands), moments
+    expected = lasting(smoke / "results" / "smoke.jsonl")
+    expected = [record for record in expected if record["script"] == "ppo"]
+    assert lasting(tmp_path / "results" / "smoke.jsonl") == expected, moments
+
+
+def test_peer_runs_end_to_end(smoke):
+    """Into the same results file, which then holds both."""
+    work = smoke
+    command = [*smoke_command(work), "--peer", "sb3", "--seeds", "1"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    records = results.read_records(work / "results" / "smoke.jsonl")
+    assert [(r["script"], r["seed"]) for r in records] == [("ppo", 1), ("ppo", 2), ("sb3-ppo", 1)]
+    ours, _, peer = records
+    assert set(ours) == set(peer) and peer["train_return_last100"] > 35
+    assert peer["versions"]["stable-baselines3"]
+    lines = next(work.glob("*sb3-ppo*/stdout.txt")).read_text()
+    assert runner.last_progress(next(work.glob("*sb3-ppo*/stdout.txt"))), lines

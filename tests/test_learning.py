@@ -1,0 +1,68 @@
+"""Does it learn? Values that are known, then the thresholds of the real environments."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_scripts import run, start
+
+CONSTANT = {"ppo": "--no-clip-vloss --learning-rate 1e-3 --total-timesteps 40000"}
+
+
+@pytest.mark.parametrize("script", sorted(CONSTANT))
+@pytest.mark.parametrize("env", ["Constant", "ConstantLater", "ConstantInPlace"])
+def test_a_time_limit_is_not_an_end(env, script, tmp_path):
+    """Reward 1 for ever, gamma 0.9, cut every 20 steps: V = 1 / (1 - 0.9) = 10, cut or not.
+
+    ConstantLater starts its episodes where the value is 0.9^10 * 10 = 3.5: whoever bootstraps from
+    the observation after the reset instead of the one before it ends far below 10. ConstantInPlace
+    does the same with an observation that its reset overwrites.
+    """
+    module = importlib.import_module(script)
+    flags = f"--env-id tests.envs:{env}-v0 --gamma 0.9 --run-dir {tmp_path} --eval-episodes 1"
+    module.main(module.parse_args([*flags.split(), *CONSTANT[script].split()]))
+    args = module.parse_args(["--evaluate", str(tmp_path / "checkpoint.pt")])
+    agent = module.Agent(module.make_envs(args), args)
+    module.load_checkpoint(args.evaluate, agent)
+    assert agent.value(torch.ones(1, 2)).item() == pytest.approx(10, rel=0.05)
+
+
+def train(tmp_path, script, flags, seeds):
+    """The return over the last 100 training episodes of each seed, two runs at a time."""
+    dirs = [tmp_path / str(seed) for seed in seeds]
+    waiting = list(zip(seeds, dirs))
+    running = []
+    while waiting or running:
+        while waiting and len(running) < 2:
+            seed, run_dir = waiting.pop(0)
+            flags_of_run = [*flags.split(), "--seed", seed, "--run-dir", run_dir]
+            running.append(start(script, *flags_of_run))
+        process = running.pop(0)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    returns = [json.loads((d / "summary.json").read_text())["train_return_last100"] for d in dirs]
+    print(script, flags, returns)
+    return returns
+
+
+@pytest.mark.long
+def test_ppo_solves_cartpole_with_every_seed(tmp_path):
+    returns = train(tmp_path, "ppo", "", (1, 2, 3))
+    assert min(returns) >= 490, returns
+
+
+@pytest.mark.long
+def test_ppo_learns_acrobot(tmp_path):
+    returns = train(tmp_path, "ppo", "--env-id Acrobot-v1", (1, 2, 3))
+    assert np.mean(returns) >= -90, returns
+
+
+def test_ppo_learns_cartpole_in_the_short_suite(tmp_path):
+    """A fifth of the default run. A policy that learns nothing returns 10 to 25, so that 300 of the
+    possible 500 leaves no doubt, and leaves room for the scatter of a run this short."""
+    run("ppo", "--total-timesteps", 100_000, "--run-dir", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_return_mean"] > 300

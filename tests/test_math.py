@@ -1,0 +1,353 @@
+"""The numerics of the scripts against oracles: definitions, closed forms, other libraries."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.distributions import Categorical, kl_divergence
+
+import ppo
+
+GAE_SCRIPTS = [ppo]
+
+
+def random_rollout(rng, T, N, p_terminated=0.1, p_truncated=0.1):
+    """Rewards, values, next values, terminated and truncated flags, all independent, [T, N]."""
+    rewards, values, next_values = rng.normal(size=(3, T, N))
+    terminated, truncated = rng.random((T, N)) < p_terminated, rng.random((T, N)) < p_truncated
+    return rewards, values, next_values, terminated, truncated
+
+
+def gae_by_definition(rewards, values, next_values, terminated, dones, gamma, gae_lambda):
+    """A_t as the sum over l of (gamma lambda)^l delta_{t+l}, up to the episode's end."""
+    T, N = rewards.shape
+    advantages = np.zeros((T, N))
+    for n in range(N):
+        for t in range(T):
+            for k in range(t, T):
+                bootstrap = 0.0 if terminated[k, n] else next_values[k, n]
+                delta = rewards[k, n] + gamma * bootstrap - values[k, n]
+                advantages[t, n] += (gamma * gae_lambda) ** (k - t) * delta
+                if dones[k, n]:
+                    break
+    return advantages
+
+
+# --- Advantages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    T=st.integers(1, 24),
+    N=st.integers(1, 4),
+    gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    gae_lambda=st.sampled_from([0.0, 0.7, 0.95, 1.0]),
+)
+def test_gae_is_its_definition(script, seed, T, N, gamma, gae_lambda):
+    rewards, values, next_values, terminated, truncated = random_rollout(
+        np.random.default_rng(seed), T, N
+    )
+    outcome = rewards, values, next_values, terminated, terminated | truncated
+    expected = gae_by_definition(*outcome, gamma, gae_lambda)
+    advantages = script.compute_gae(*outcome, gamma, gae_lambda)
+    np.testing.assert_allclose(advantages, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+def test_gae_limits_are_monte_carlo_and_td(script):
+    rng, gamma = np.random.default_rng(0), 0.9
+    rewards, values, next_values, _, _ = random_rollout(rng, 12, 3)
+    terminated = np.zeros((12, 3), bool)
+    terminated[[4, 11]] = True
+    next_values[:-1] = values[1:]
+    outcome = rewards, values, next_values, terminated, terminated
+    monte_carlo = np.zeros((12, 3))
+    for start, end in ((0, 5), (5, 12)):
+        for t in range(start, end):
+            discounts = gamma ** np.arange(end - t)
+            monte_carlo[t] = (discounts[:, None] * rewards[t:end]).sum(0)
+    np.testing.assert_allclose(script.compute_gae(*outcome, gamma, 1.0) + values, monte_carlo)
+    td_error = rewards + gamma * next_values * ~terminated - values
+    np.testing.assert_allclose(script.compute_gae(*outcome, gamma, 0.0), td_error)
+
+
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+@pytest.mark.parametrize("terminates_too", [False, True])
+def test_a_truncated_rollout_is_two_trajectories(script, terminates_too):
+    rng = np.random.default_rng(1)
+    rewards, values, next_values, _, _ = random_rollout(rng, 10, 2)
+    terminated, dones = np.zeros((2, 10, 2), bool)
+    terminated[5], dones[5] = terminates_too, True  # both at once: the termination wins
+    outcome = rewards, values, next_values, terminated, dones
+    whole = script.compute_gae(*outcome, 0.95, 0.9)
+    first = script.compute_gae(*(x[:6] for x in outcome), 0.95, 0.9)
+    second = script.compute_gae(*(x[6:] for x in outcome), 0.95, 0.9)
+    np.testing.assert_array_equal(whole, np.concatenate([first, second]))
+    last = rewards[5] + (0.0 if terminates_too else 0.95 * next_values[5]) - values[5]
+    np.testing.assert_allclose(whole[5], last)
+
+
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+def test_gae_agrees_with_stable_baselines3(script):
+    import gymnasium as gym
+    from stable_baselines3.common.buffers import RolloutBuffer
+
+    rng, T, N = np.random.default_rng(2), 50, 3
+    rewards, values, _, terminated, _ = random_rollout(rng, T, N)
+    last_value = rng.normal(size=N)
+    buffer = RolloutBuffer(
+        T, gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), "cpu", 0.95, 0.99, N
+    )
+    starts = np.ones(N)
+    for t in range(T):
+        obs, actions, value = np.zeros((N, 2)), np.zeros((N, 1)), torch.tensor(values[t])
+        buffer.add(obs, actions, rewards[t], starts, value, torch.zeros(N))
+        starts = terminated[t]
+    buffer.compute_returns_and_advantage(torch.tensor(last_value), terminated[-1])
+    next_values = np.concatenate([values[1:], last_value[None]])
+    ours = script.compute_gae(rewards, values, next_values, terminated, terminated, 0.99, 0.95)
+    np.testing.assert_allclose(ours, buffer.advantages, atol=1e-4)  # theirs is float32
+
+
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+def test_discounted_returns_restart_with_the_episode(script):
+    rng, gamma = np.random.default_rng(3), 0.9
+    rewards, dones = rng.normal(size=(9, 2)), rng.random((9, 2)) < 0.3
+    expected, sums = np.zeros((9, 2)), np.zeros(2)
+    for t in range(9):
+        for n in range(2):
+            start = max((k + 1 for k in range(t) if dones[k, n]), default=0)
+            expected[t, n] = sum(gamma ** (t - k) * rewards[k, n] for k in range(start, t + 1))
+    np.testing.assert_allclose(script.discounted_returns(rewards, dones, sums, gamma)[0], expected)
+    # Cutting the rollout anywhere changes nothing when the running sum is carried over.
+    first, sums = script.discounted_returns(rewards[:4], dones[:4], sums, gamma)
+    second, _ = script.discounted_returns(rewards[4:], dones[4:], sums, gamma)
+    np.testing.assert_allclose(np.concatenate([first, second]), expected)
+
+
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    offset=st.sampled_from([0.0, 1e4]),
+)
+def test_running_stats_are_those_of_all_the_data(script, seed, sizes, offset):
+    rng = np.random.default_rng(seed)
+    samples = [rng.normal(offset, 3.0, size=(n, 2)) for n in sizes]
+    running = script.RunningStats(2)
+    for sample in samples:
+        running.update(torch.from_numpy(sample))
+    data = np.concatenate(samples)
+    np.testing.assert_allclose(running.mean, data.mean(0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(running.var, data.var(0), rtol=1e-6, atol=1e-9)
+    assert running.count == len(data)
+
+
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+def test_advantages_are_normalised_and_a_single_one_survives(script):
+    advantages = torch.tensor([1.0, 2.0, 4.0])
+    normalised = script.normalize_advantages(advantages)
+    expected = (np.array([1, 2, 4]) - 7 / 3) / np.std([1, 2, 4], ddof=1)
+    np.testing.assert_allclose(normalised, expected, rtol=1e-5)
+    assert script.normalize_advantages(torch.tensor([3.0])).tolist() == [3.0]
+    assert script.normalize_advantages(torch.ones(4)).tolist() == [0.0] * 4
+
+
+# --- PPO's objectives -----------------------------------------------------------------------------
+
+# The six cases of sign and side, eps = 0.2: ratio -> (objective, its derivative in the ratio).
+CLIPPED = {
+    +1.0: {0.5: (0.5, 1), 0.8: (0.8, 1), 1.0: (1.0, 1), 1.1: (1.1, 1), 1.2: (1.2, None)}
+    | {1.5: (1.2, 0), 2.0: (1.2, 0)},
+    -1.0: {0.5: (-0.8, 0), 0.7: (-0.8, 0), 0.8: (-0.8, None), 1.0: (-1.0, -1), 1.2: (-1.2, -1)}
+    | {1.5: (-1.5, -1), 2.0: (-2.0, -1)},
+}
+
+
+@pytest.mark.parametrize(
+    "advantage,ratio,objective,gradient",
+    [(a, r, o, g) for a, cases in CLIPPED.items() for r, (o, g) in cases.items()],
+)
+def test_clipped_objective_and_its_gradient(advantage, ratio, objective, gradient):
+    logprob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    old, adv = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    loss = ppo.policy_loss(logprob, old, adv, 0.2)
+    assert loss.item() == pytest.approx(-objective, abs=1e-12)
+    loss.backward()
+    if gradient is not None:  # at the kink itself either one-sided derivative is right
+        assert logprob.grad is not None
+        in_ratio = -logprob.grad.item() / ratio  # d ratio / d logprob = ratio
+        assert in_ratio == pytest.approx(gradient, abs=1e-12)
+
+
+def test_unclipped_objective_is_the_importance_weighted_mean():
+    rng = torch.Generator().manual_seed(0)
+    logprobs, old, adv = torch.randn(3, 7, generator=rng, dtype=torch.float64)
+    expected = -np.mean(np.exp((logprobs - old).numpy()) * adv.numpy())
+    assert ppo.policy_loss(logprobs, old, adv, None).item() == pytest.approx(expected)
+    assert ppo.policy_loss(logprobs, old, adv, 1e9).item() == pytest.approx(expected)
+
+
+def test_everything_the_losses_see_is_flat():
+    """[B] against [B, 1] would silently become [B, B]: log-probs and values come out as [B]."""
+    agent, _ = small_agent()
+    obs, actions = torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
+    assert agent.policy(obs).log_prob(actions).shape == agent.value(obs).shape == (5,)
+    assert agent.policy(obs).entropy().shape == agent.act(obs, 0.0).shape == (5,)
+
+
+def test_value_loss_and_its_clip():
+    values = torch.tensor([1.0, 1.0, 3.0, -2.0], requires_grad=True)
+    old, returns = torch.zeros(4), torch.tensor([2.0, 0.5, 0.0, -5.0])
+    assert ppo.value_loss(values, old, returns, None).item() == pytest.approx(
+        0.5 * np.mean([1.0, 0.25, 9.0, 9.0])
+    )
+    # Held within +-0.5 of 0 the values are 0.5, 0.5, 0.5, -0.5; the larger error counts.
+    loss = ppo.value_loss(values, old, returns, 0.5)
+    assert loss.item() == pytest.approx(0.5 * np.mean([2.25, 0.25, 9.0, 20.25]))
+    loss.backward()
+    # The first and the last have moved by more than 0.5 towards their return: no gradient.
+    assert values.grad is not None
+    np.testing.assert_allclose(values.grad, [0.0, 0.125, 0.75, 0.0], atol=1e-7)
+
+
+def test_kl_estimators_approach_the_exact_kl():
+    rng = torch.Generator().manual_seed(0)
+    old_logits, logits = torch.randn(2, 6, generator=rng, dtype=torch.float64) * 0.5
+    pi_old, pi = Categorical(logits=old_logits), Categorical(logits=logits)
+    torch.manual_seed(0)
+    actions = pi_old.sample((200_000,))
+    k1, k3 = ppo.kl_estimates(pi.log_prob(actions), pi_old.log_prob(actions))
+    exact = kl_divergence(pi_old, pi).item()
+    for k in (k1, k3):
+        assert abs(k.mean().item() - exact) < 4 * k.std().item() / math.sqrt(len(k))
+    assert k3.min() >= 0 and k1.min() < 0
+    assert k3.std() < k1.std()
+
+
+def test_kl_penalty_gradient_is_unbiased():
+    """Enumerated over all actions, E_old[grad k1] = E_old[grad k3] = grad KL(pi_old, pi)."""
+    rng = torch.Generator().manual_seed(1)
+    old_logits = torch.randn(5, generator=rng, dtype=torch.float64)
+    logits = torch.randn(5, generator=rng, dtype=torch.float64).requires_grad_()
+    pi_old, pi = Categorical(logits=old_logits), Categorical(logits=logits)
+    actions = torch.arange(5)
+    k1, k3 = ppo.kl_estimates(pi.log_prob(actions), pi_old.log_prob(actions))
+    (exact,) = torch.autograd.grad(kl_divergence(pi_old, pi), logits, retain_graph=True)
+    for k in (k1, k3):
+        (gradient,) = torch.autograd.grad((pi_old.probs * k).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(gradient, exact)
+    assert exact.abs().max() > 0.01
+
+
+def test_adaptive_kl_coefficient():
+    for kl, factor in ((0.0, 0.5), (0.0066, 0.5), (0.0067, 1), (0.0149, 1), (0.0151, 2), (9.0, 2)):
+        assert ppo.adapt_kl_coef(3.0, kl, 0.01) == 3.0 * factor
+
+
+# --- The agent ------------------------------------------------------------------------------------
+
+
+def small_agent(**flags):
+    import gymnasium as gym
+
+    class Spaces:
+        single_observation_space = gym.spaces.Box(-1, 1, (3,))
+        single_action_space = gym.spaces.Discrete(4)
+
+    args = ppo.Args(hidden_size=8, **flags)
+    torch.manual_seed(0)
+    return ppo.Agent(Spaces, args), args  # type: ignore[arg-type]
+
+
+def test_act_samples_the_softmax():
+    agent, _ = small_agent()
+    with torch.no_grad():
+        next(agent.actor[-1].parameters()).mul_(300)  # far from uniform
+        obs = torch.randn(1, 3)
+        actions = agent.act(obs, agent.draw_noise(100_000))
+        probs = agent.policy(obs).probs[0]
+    assert probs.max() > 0.4
+    counts = np.bincount(actions.numpy(), minlength=4)
+    expected = probs.double().numpy() / probs.double().sum().item() * 100_000
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+    assert agent.act(obs, 0.0) == probs.argmax()
+
+
+def test_normalisation_lives_in_the_state_dict_and_clips():
+    agent, _ = small_agent(norm_obs=True)
+    data = torch.randn(1000, 3) * torch.tensor([1.0, 10.0, 1e-3]) + 5
+    agent.obs_stats.update(data)
+    other, _ = small_agent(norm_obs=True)
+    other.load_state_dict(agent.state_dict())
+    torch.testing.assert_close(other.policy(data).logits, agent.policy(data).logits, rtol=0, atol=0)
+    normalised = agent.normalize(data)
+    torch.testing.assert_close(normalised[:, :2].mean(0), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised[:, :2].std(0), torch.ones(2), atol=1e-3, rtol=0)
+    assert agent.normalize(torch.full((1, 3), 1e9)).tolist() == [[10.0] * 3]
+
+
+def test_orthogonal_initialisation_and_its_gains():
+    agent, _ = small_agent()
+    for network, head_gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        for layer, gain in zip(
+            (m for m in network if isinstance(m, torch.nn.Linear)), (2**0.5, 2**0.5, head_gain)
+        ):
+            weight = layer.weight.detach()
+            small = weight @ weight.T if len(weight) < weight.shape[1] else weight.T @ weight
+            torch.testing.assert_close(small, gain**2 * torch.eye(len(small)), atol=1e-5, rtol=1e-5)
+            assert not layer.bias.any()
+
+
+def test_flat_parameters_train_as_separate_ones_do():
+    """clip + Adam on the vector equals clip + Adam on the list, and the modules follow it."""
+    flat_agent, _ = small_agent()
+    agent, _ = small_agent()
+    theta, grad = ppo.flatten_parameters(flat_agent)
+    assert theta.numel() == sum(p.numel() for p in agent.parameters())
+    flat_adam = torch.optim.Adam([theta], lr=1e-2, eps=1e-5, fused=True)
+    adam = torch.optim.Adam(agent.parameters(), lr=1e-2, eps=1e-5)
+    for _ in range(3):
+        obs, actions = torch.randn(16, 3), torch.randint(4, (16,))
+        for a in (flat_agent, agent):
+            (a.policy(obs).log_prob(actions).mean() + a.value(obs).square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(theta, 0.05)
+        torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.05)
+        flat_adam.step()
+        adam.step()
+        grad.zero_()
+        adam.zero_grad()
+    for p, q in zip(flat_agent.parameters(), agent.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert set(flat_agent.state_dict()) == set(agent.state_dict())
+
+
+def test_total_loss_has_the_signs_of_equation_9():
+    agent, args = small_agent(norm_adv="none", clip_vloss=False, ent_coef=0.3, vf_coef=0.7)
+    obs, actions = torch.randn(6, 3), torch.randint(4, (6,))
+    old_logprobs = (agent.policy(obs).log_prob(actions) + 0.4 * torch.randn(6)).detach()
+    old_values, adv, returns = torch.randn(3, 6)
+    batch = obs, actions, old_logprobs, old_values, adv, returns
+    loss, metrics = ppo.total_loss(agent, batch, 0.2, 0.5, args)
+    logits = agent.actor(obs).detach().double().numpy()
+    logpi = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    logratio = logpi[np.arange(6), actions] - old_logprobs.double().numpy()
+    ratio, a = np.exp(logratio), adv.double().numpy()
+    surrogate = np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a).mean()
+    entropy = -(np.exp(logpi) * logpi).sum(1).mean()
+    error = 0.5 * ((agent.value(obs).detach() - returns).double().numpy() ** 2).mean()
+    k3 = (ratio - 1 - logratio).mean()
+    expected = -(surrogate - 0.5 * k3 - 0.7 * error + 0.3 * entropy)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    clipfrac = (np.abs(ratio - 1) > 0.2).mean()
+    assert 0 < clipfrac < 1
+    np.testing.assert_allclose(
+        metrics, [-surrogate, error, entropy, -logratio.mean(), k3, clipfrac], rtol=1e-4
+    )
