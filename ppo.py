@@ -31,12 +31,8 @@ Run: python ppo.py                       All flags: python ppo.py --help
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#   "gymnasium[box2d,classic-control]==1.4.0",
-#   "numpy==2.4.6",
-#   "tensorboard==2.21.0",
-#   "torch==2.13.0",
-#   "tqdm==4.70.1",
-#   "tyro==1.0.17",
+#   "gymnasium[box2d,classic-control]==1.4.0", "numpy==2.4.6", "tensorboard==2.21.0",
+#   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
 
@@ -146,7 +142,6 @@ class Args:
 
 
 # --- Environment ----------------------------------------------------------------------------------
-
 def make_envs(args: Args) -> gym.vector.SyncVectorEnv:
     """N environments; the step that ends an episode returns the next one's first observation."""
     envs = build_envs(args)
@@ -159,7 +154,6 @@ def make_envs(args: Args) -> gym.vector.SyncVectorEnv:
 
 
 # --- Networks -------------------------------------------------------------------------------------
-
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -208,13 +202,10 @@ class Agent(nn.Module):
 
 
 # --- The algorithm --------------------------------------------------------------------------------
-
 def compute_gae(rewards, values, next_values, terminated, dones, gamma, gae_lambda):
-    """Generalised advantage estimates (Eqs. 11-12; arXiv:1506.02438, Eq. 16), NumPy [T, N] each.
-
+    """Generalised advantage estimates (Eqs. 11-12; arXiv:1506.02438, Eq. 16), NumPy [T, N] each;
     next_values[t] is the value of what action t led to, before any reset: a termination zeroes it,
-    a truncation does not. dones = terminated | truncated: either ends the sum.
-    """
+    a truncation does not. dones = terminated | truncated: either ends the sum."""
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values
     decay = gamma * gae_lambda * ~dones
     advantages, advantage = np.empty_like(deltas), np.zeros_like(deltas[0])
@@ -251,12 +242,10 @@ def value_loss(values, old_values, returns, clip_coef: float | Tensor | None) ->
 
 
 def kl_estimates(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates k1, k3 [B] of KL(pi_old, pi) from actions of pi_old (joschu.net/blog/kl-approx).
-
+    """Estimates k1, k3 [B] of KL(pi_old, pi) from actions of pi_old (joschu.net/blog/kl-approx):
     k1 = -log ratio and k3 = (ratio - 1) - log ratio have the same mean, as E_old[ratio] = 1; k3 is
     never negative and varies less. Eq. 8 here differentiates k3, without bias at any pi, because
-    pi_old drew the actions: E_old[grad ratio] = 0, E_old[-grad log pi] = grad KL(pi_old, pi).
-    """
+    pi_old drew the actions: E_old[grad ratio] = 0, E_old[-grad log pi] = grad KL(pi_old, pi)."""
     logratio = logprobs - old_logprobs
     return -logratio, logratio.expm1() - logratio
 
@@ -286,7 +275,6 @@ def total_loss(agent: Agent, minibatch, clip_coef, kl_coef, args: Args):
 
 
 # --- Training -------------------------------------------------------------------------------------
-
 def main(args: Args) -> None:
     # --- Setup ---
     device = check_args(args)
@@ -398,7 +386,6 @@ def main(args: Args) -> None:
 
 
 # === Plumbing: the same in every script; skip it on a first reading ===============================
-
 class RunningStats(nn.Module):
     """Mean and variance of all that was seen, in float64 buffers, which a saved agent keeps."""
 
@@ -481,6 +468,7 @@ def check_args(args: Args) -> torch.device:
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
         ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
+        ("in [-20, 2]", lambda x: -20 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():
             if (value := getattr(args, name, None)) is not None and not holds(value):
@@ -507,6 +495,8 @@ class Environments(gym.vector.SyncVectorEnv):
 
 def build_envs(args: Args) -> Environments:
     """num_envs environments in this process, of any action space and of flat observations."""
+    if importlib.util.find_spec("mujoco"):  # it warns in a MUJOCO_LOG.TXT, here, where one works
+        importlib.import_module("mujoco").set_mju_user_warning(lambda message: None)
     try:
         kwargs, mode = json.loads(args.env_kwargs), gym.vector.AutoresetMode.SAME_STEP
         kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
@@ -522,7 +512,7 @@ def build_envs(args: Args) -> Environments:
     return envs
 
 
-def seed_everything(seed: int, iteration: int, num_seeds: int) -> list:
+def seed_everything(seed: int, iteration: int, num_seeds: int) -> Any:
     """Seed from (seed, iteration) alone: no random state needs saving. Returns seeds to give on."""
     seeds = np.random.SeedSequence((seed, iteration)).generate_state(3 + num_seeds).tolist()
     random.seed(seeds[0])
@@ -637,8 +627,7 @@ class Run:
             "script": Args.exp_name,
             "args": vars(self.args) | {"resume": None},
             "state": [module.state_dict() for module in self.modules],
-            "step": self.step,
-            "iteration": iteration,
+            "step": self.step, "iteration": iteration,
             "returns": self.returns,
             "seconds": time.perf_counter() - self.start,
             "extra": extra,
@@ -700,9 +689,7 @@ class Run:
             "args": vars(self.args),
             "versions": {module.__name__: module.__version__ for module in (torch, np, gym)},
             "commit": commit.strip() or None,
-            "steps": self.step,
-            "wall_seconds": seconds,
-            "sps": sps,
+            "steps": self.step, "wall_seconds": seconds, "sps": sps,
             "train_return_last100": float(mean) if self.returns else None,
             "eval_return_mean": evaluated.mean(),
             "eval_return_std": evaluated.std(),

@@ -1,42 +1,25 @@
-"""Proximal Policy Optimization (PPO) for discrete actions.
+"""Proximal Policy Optimization (PPO) for continuous actions.
 
-Schulman et al. 2017, arXiv:1707.06347; equation numbers are that paper's.
+Schulman et al. 2017, arXiv:1707.06347; equation numbers are that paper's. The update is that of
+ppo.py; the policy is a Gaussian over u, whose std does not depend on the state:
 
-Act for T steps in N environments with pi_old, estimate advantages A_t, then take several epochs
-of minibatch steps on that one batch, where ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t):
+    u_t    = mean(s_t) + std * noise_t,  noise_t ~ Normal(0, I);  ratio_t = pi(u_t) / pi_old(u_t)
+    a_t    = clip(u_t, low, high), or with --squash low + (high - low) (1 + tanh(u_t)) / 2
+    L_clip = mean[ min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) ]                (Eq. 7)
+    ascend   L_clip - vf_coef 1/2 mean[(V(s_t) - V_targ_t)^2] + ent_coef mean[entropy]    (Eq. 9)
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                            (Eq. 12)
-    A_t     = delta_t + (gamma lambda) delta_{t+1} + (gamma lambda)^2 delta_{t+2} + ...  (Eq. 11)
-    L_clip  = mean[ min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) ]              (Eq. 7)
-    L_kl    = mean[ ratio_t A_t - beta KL(pi_old(.|s_t), pi(.|s_t)) ]                    (Eq. 8)
-    ascend    L - vf_coef 1/2 mean[(V(s_t) - V_targ_t)^2] + ent_coef mean[entropy]       (Eq. 9)
+The clip to the bounds counts as part of the environment: the gradient stays exact, but nothing
+calls u back from beyond, and an entropy bonus widens tails that are cut off. The squash is part of
+the policy: its Jacobian, free of parameters, cancels in the ratio, but it counts in the entropy,
+which falls as actions crowd at the bounds. Deviations and the reading of curves: see ppo.py.
 
-How far to step: a sample stops pulling once its ratio has left [1 - eps, 1 + eps] on the side that
-A_t favours; its gradient is then 0. L is L_clip; `--clip-coef None --kl-coef 1` makes it L_kl, and
-`--kl-coef 0.1` alone puts the penalty on top of the clip.
-
-Deviations: actor and critic share no layers (the paper's Atari network does); the KL of Eq. 8 is
-estimated from the sampled actions; as in OpenAI Baselines the value loss has a 1/2 and is clipped,
-advantages are normalised and the gradient's norm is clipped. Where a time limit ends an episode,
-s_{t+1} is the true last observation.
-
-Reading the curves (means over an iteration's updates): clipfrac above 0.2-0.3 or approx_kl above
-0.03: too far a step; fewer epochs, a smaller learning rate or eps. entropy starts near ln(actions);
-near 0 with a poor return: exploration died; raise ent_coef. explained_variance (1 perfect, 0 no
-better than a constant) stuck at 0: try --norm-reward or --no-clip-vloss. grad_norm far above
-max_grad_norm: mostly the value loss, which then shrinks the actor's share; try --norm-reward.
-
-Run: python ppo.py                       All flags: python ppo.py --help
+Run: python ppo_continuous.py            All flags: python ppo_continuous.py --help
 """
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#   "gymnasium[box2d,classic-control]==1.4.0",
-#   "numpy==2.4.6",
-#   "tensorboard==2.21.0",
-#   "torch==2.13.0",
-#   "tqdm==4.70.1",
-#   "tyro==1.0.17",
+#   "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6",
+#   "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
 
@@ -60,7 +43,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -143,23 +126,27 @@ class Args:
     """longest gradient; a longer one is scaled down to it"""
     hidden_size: int = 64
     """width of the two hidden layers of each network"""
+    log_std_init: float = 0.0
+    """log of the policy's initial std in each dimension, in units of u"""
+    squash: bool = False
+    """bring actions into their bounds by tanh, as part of the policy, instead of clipping them"""
 
 
 # --- Environment ----------------------------------------------------------------------------------
-
-def make_envs(args: Args) -> gym.vector.SyncVectorEnv:
-    """N environments; the step that ends an episode returns the next one's first observation."""
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """N environments, any u brought into their bounds; the step that ends an episode resets it."""
     envs = build_envs(args)
-    action_space = envs.single_action_space
-    if isinstance(action_space, gym.spaces.Box):
-        refuse(f"{args.env_id} has continuous actions, {action_space}: use ppo_continuous.py")
-    if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        refuse(f"{args.env_id} acts in {action_space}; supported is Discrete(n) that starts at 0")
-    return envs
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+        refuse(f"{args.env_id} acts in {space}; supported: real Box(n,); if Discrete use ppo.py")
+    low, high, scale = space.low, space.high, space.high / 2 - space.low / 2
+    if args.squash and not (np.isfinite(scale) & (scale > 0)).all():
+        refuse(f"--squash needs finite bounds, low below high: {args.env_id} acts in {space}")
+    squash = lambda u: low + scale * (1 + np.tanh(u)) if args.squash else u
+    return gym.wrappers.vector.TransformAction(envs, lambda u: squash(u).clip(low, high))
 
 
 # --- Networks -------------------------------------------------------------------------------------
-
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -172,16 +159,34 @@ def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequent
     return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
 
 
+class SquashedNormal(Independent):
+    """Density of a = low + scale (1 + tanh(u)), u Gaussian, given u: a at its bound has lost u."""
+
+    def __init__(self, gaussian: Normal, scale: Tensor):
+        super().__init__(gaussian, 1, validate_args=False)
+        self.scale = scale
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """log N(u) - log da/du, with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), finite."""
+        log_slope = self.scale.log() + 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+        return super().log_prob(u) - log_slope.sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Has no closed form: unbiased estimate, with its gradient, from one sample per state."""
+        return -self.log_prob(self.rsample())
+
+
 class Agent(nn.Module):
     """Actor, critic, and the normalisation statistics that belong to them."""
 
-    def __init__(self, envs: gym.vector.SyncVectorEnv, args: Args):
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__()
-        obs_dim = envs.single_observation_space.shape[0]
-        self.num_actions = int(envs.single_action_space.n)
-        self.norm_obs = args.norm_obs
-        # The head's small std starts the policy near uniform.
-        self.actor = mlp(obs_dim, args.hidden_size, self.num_actions, output_std=0.01)
+        obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
+        self.norm_obs, self.squash = args.norm_obs, args.squash
+        self.scale = nn.Buffer(torch.from_numpy(space.high / 2 - space.low / 2), persistent=False)
+        # The head's small std starts every mean near 0.
+        self.actor = mlp(obs_dim, args.hidden_size, space.shape[0], output_std=0.01)
+        self.log_std = nn.Parameter(torch.full(space.low.shape, args.log_std_init))
         self.critic = mlp(obs_dim, args.hidden_size, 1, output_std=1.0)
         self.obs_stats = RunningStats(obs_dim)
         self.return_stats = RunningStats()
@@ -191,30 +196,29 @@ class Agent(nn.Module):
             return obs
         return ((obs - self.obs_stats.mean) / self.obs_stats.std()).clamp(-10, 10).float()
 
-    def policy(self, obs: Tensor) -> Categorical:
-        return Categorical(logits=self.actor(self.normalize(obs)), validate_args=False)
+    def policy(self, obs: Tensor) -> Independent:
+        gaussian = Normal(self.actor(self.normalize(obs)), self.log_std.exp(), validate_args=False)
+        if self.squash:
+            return SquashedNormal(gaussian, self.scale)
+        return Independent(gaussian, 1, validate_args=False)
 
     def value(self, obs: Tensor) -> Tensor:
         return self.critic(self.normalize(obs)).squeeze(-1)
 
     def draw_noise(self, *batch_shape: int) -> Tensor:
-        """Gumbel noise [*batch_shape, actions] for act."""
-        noise = torch.empty(*batch_shape, self.num_actions, device=self.obs_stats.mean.device)
-        return -noise.exponential_().log()
+        """Gaussian noise [*batch_shape, actions] for act."""
+        return torch.randn(*batch_shape, len(self.log_std), device=self.log_std.device)
 
     def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
-        """argmax(logits + Gumbel noise) is a sample of the softmax; with noise 0 its mode."""
-        return (self.actor(self.normalize(obs)) + noise).argmax(-1)
+        """u, a sample of the Gaussian; with noise 0 its mean."""
+        return self.actor(self.normalize(obs)) + self.log_std.exp() * noise
 
 
 # --- The algorithm --------------------------------------------------------------------------------
-
 def compute_gae(rewards, values, next_values, terminated, dones, gamma, gae_lambda):
-    """Generalised advantage estimates (Eqs. 11-12; arXiv:1506.02438, Eq. 16), NumPy [T, N] each.
-
+    """Generalised advantage estimates (Eqs. 11-12; arXiv:1506.02438, Eq. 16), NumPy [T, N] each;
     next_values[t] is the value of what action t led to, before any reset: a termination zeroes it,
-    a truncation does not. dones = terminated | truncated: either ends the sum.
-    """
+    a truncation does not. dones = terminated | truncated: either ends the sum."""
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values
     decay = gamma * gae_lambda * ~dones
     advantages, advantage = np.empty_like(deltas), np.zeros_like(deltas[0])
@@ -251,12 +255,10 @@ def value_loss(values, old_values, returns, clip_coef: float | Tensor | None) ->
 
 
 def kl_estimates(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates k1, k3 [B] of KL(pi_old, pi) from actions of pi_old (joschu.net/blog/kl-approx).
-
+    """Estimates k1, k3 [B] of KL(pi_old, pi) from actions of pi_old (joschu.net/blog/kl-approx):
     k1 = -log ratio and k3 = (ratio - 1) - log ratio have the same mean, as E_old[ratio] = 1; k3 is
     never negative and varies less. Eq. 8 here differentiates k3, without bias at any pi, because
-    pi_old drew the actions: E_old[grad ratio] = 0, E_old[-grad log pi] = grad KL(pi_old, pi).
-    """
+    pi_old drew the actions: E_old[grad ratio] = 0, E_old[-grad log pi] = grad KL(pi_old, pi)."""
     logratio = logprobs - old_logprobs
     return -logratio, logratio.expm1() - logratio
 
@@ -286,7 +288,6 @@ def total_loss(agent: Agent, minibatch, clip_coef, kl_coef, args: Args):
 
 
 # --- Training -------------------------------------------------------------------------------------
-
 def main(args: Args) -> None:
     # --- Setup ---
     device = check_args(args)
@@ -398,7 +399,6 @@ def main(args: Args) -> None:
 
 
 # === Plumbing: the same in every script; skip it on a first reading ===============================
-
 class RunningStats(nn.Module):
     """Mean and variance of all that was seen, in float64 buffers, which a saved agent keeps."""
 
@@ -481,6 +481,7 @@ def check_args(args: Args) -> torch.device:
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
         ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
+        ("in [-20, 2]", lambda x: -20 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():
             if (value := getattr(args, name, None)) is not None and not holds(value):
@@ -507,6 +508,8 @@ class Environments(gym.vector.SyncVectorEnv):
 
 def build_envs(args: Args) -> Environments:
     """num_envs environments in this process, of any action space and of flat observations."""
+    if importlib.util.find_spec("mujoco"):  # it warns in a MUJOCO_LOG.TXT, here, where one works
+        importlib.import_module("mujoco").set_mju_user_warning(lambda message: None)
     try:
         kwargs, mode = json.loads(args.env_kwargs), gym.vector.AutoresetMode.SAME_STEP
         kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
@@ -522,7 +525,7 @@ def build_envs(args: Args) -> Environments:
     return envs
 
 
-def seed_everything(seed: int, iteration: int, num_seeds: int) -> list:
+def seed_everything(seed: int, iteration: int, num_seeds: int) -> Any:
     """Seed from (seed, iteration) alone: no random state needs saving. Returns seeds to give on."""
     seeds = np.random.SeedSequence((seed, iteration)).generate_state(3 + num_seeds).tolist()
     random.seed(seeds[0])
@@ -637,8 +640,7 @@ class Run:
             "script": Args.exp_name,
             "args": vars(self.args) | {"resume": None},
             "state": [module.state_dict() for module in self.modules],
-            "step": self.step,
-            "iteration": iteration,
+            "step": self.step, "iteration": iteration,
             "returns": self.returns,
             "seconds": time.perf_counter() - self.start,
             "extra": extra,
@@ -700,9 +702,7 @@ class Run:
             "args": vars(self.args),
             "versions": {module.__name__: module.__version__ for module in (torch, np, gym)},
             "commit": commit.strip() or None,
-            "steps": self.step,
-            "wall_seconds": seconds,
-            "sps": sps,
+            "steps": self.step, "wall_seconds": seconds, "sps": sps,
             "train_return_last100": float(mean) if self.returns else None,
             "eval_return_mean": evaluated.mean(),
             "eval_return_std": evaluated.std(),

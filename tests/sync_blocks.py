@@ -27,16 +27,8 @@ PLUMBING = "# === Plumbing"
 # Blocks that vary on purpose, each with the reason.
 VARY = {
     "Args": "every algorithm has its own hyperparameters",
-    "main": "compared by its sections instead",
     "Agent": "the policy's head depends on the action space",
     "make_envs": "each script says which action spaces it takes",
-    "policy_loss": "the algorithm",
-    "value_loss": "clipped in ppo, plain elsewhere",
-    "total_loss": "the algorithm",
-    "Setup": "the algorithm's objects",
-    "2. Advantages": "the algorithm",
-    "3. Update": "the algorithm",
-    "4. Log": "the algorithm's diagnostics",
 }
 
 

@@ -12,7 +12,7 @@ from tests import sync_blocks
 from tests.sync_blocks import LADDER, PLUMBING, ROOT, SCRIPTS, blocks, disagreements, source
 
 # Changed code lines between neighbours, as `sync_blocks.py --diffs` counts them. May only fall.
-DIFF_BUDGET: dict[tuple[str, str], int] = {}
+DIFF_BUDGET = {("ppo", "ppo_continuous"): 50}
 
 # Lines above the plumbing's banner, and in all. The design wished for 560 in all; what it asks of
 # the plumbing (exact resume, whole files, clear refusals, evaluation, video) takes 320 by itself.
@@ -51,7 +51,7 @@ def test_dependencies_in_the_header_are_those_of_requirements(name):
     pins = {line.split("==")[0].split("[")[0]: line for line in requirements if "==" in line}
     header = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", source(name))
     assert header
-    dependencies = re.findall(r'^#   "(.+)",$', header.group(1), re.M)
+    dependencies = re.findall(r'"(.+?)",', header.group(1))
     assert 'requires-python = ">=3.11,<3.14"' in header.group(1) and dependencies
     for dependency in dependencies:
         base, _, version = dependency.partition("==")
@@ -80,7 +80,7 @@ def test_a_changed_block_is_noticed_and_fixed(tmp_path, monkeypatch):
     changed = text.replace("decay = gamma * gae_lambda * ~dones", "decay = gamma * gae_lambda")
     assert changed != text
     same = disagreements({"ppo": text, "a2c": text})
-    assert "policy_loss may vary but is the same in ppo, a2c" in same
+    assert "make_envs may vary but is the same in ppo, a2c" in same
     more = set(disagreements({"ppo": text, "a2c": changed})) - set(same)
     assert more == {"compute_gae differs between ppo, a2c"}
     collect = text.replace("next_obs[t] = current_obs\n", "next_obs[t] = obs[t]\n")
