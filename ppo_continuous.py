@@ -417,6 +417,7 @@ class RunningStats(nn.Module):
         self.mean += weight * delta
 
     def std(self) -> Tensor:
+        """[*shape]; what never varies is not divided by 0."""
         return (self.var + 1e-8).sqrt()
 
 
@@ -426,6 +427,7 @@ def discounted_returns(rewards, dones, running, gamma):
     returns = np.empty_like(rewards)
     for t in range(len(rewards)):
         returns[t] = rewards[t] + gamma * running
+        # The step that ends an episode still belongs to it; the next one starts from 0.
         running = np.where(dones[t], 0.0, returns[t])
     return returns, running
 
@@ -455,6 +457,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     path = args.evaluate if args.resume is None else args.resume
     if path is None:
         return args
+    # Parsed once more with the saved values as defaults: what differs then was typed, even where it
+    # is this script's own default.
     saved = load_checkpoint(path)["args"] | {"run_dir": str(Path(path).parent)}
     args = tyro.cli(Args, args=argv, default=Args(**saved))
     free = {"resume", "evaluate", "eval_episodes", "capture_video", "device"}
@@ -508,15 +512,23 @@ class Environments(gym.vector.SyncVectorEnv):
 
 def build_envs(args: Args) -> Environments:
     """num_envs environments in this process, of any action space and of flat observations."""
-    if importlib.util.find_spec("mujoco"):  # it warns in a MUJOCO_LOG.TXT, here, where one works
-        importlib.import_module("mujoco").set_mju_user_warning(lambda message: None)
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"  # draws without a screen
+    # SAME_STEP: the step that ends an episode returns the first observation of the next one, and
+    # the last of its own, from which a truncation bootstraps, in infos["final_obs"].
     try:
+        if importlib.util.find_spec("mujoco"):  # it warns in a MUJOCO_LOG.TXT where one works
+            importlib.import_module("mujoco").set_mju_user_warning(lambda message: None)
         kwargs, mode = json.loads(args.env_kwargs), gym.vector.AutoresetMode.SAME_STEP
         kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         make = lambda: gym.make(args.env_id, **kwargs)
         envs = Environments([make] * args.num_envs, copy=False, autoreset_mode=mode)
+        if args.capture_video:
+            envs.reset()
+            envs.envs[0].render()
     except Exception as error:
-        refuse(f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {error}")
+        hint = " (MuJoCo draws by MUJOCO_GL=egl, osmesa or, on a screen, glfw)" * args.capture_video
+        refuse(f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {error}{hint}")
     space = envs.single_observation_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         refuse(f"{args.env_id} observes {space}; supported are flat vectors, Box of shape (n,)")
@@ -527,6 +539,7 @@ def build_envs(args: Args) -> Environments:
 
 def seed_everything(seed: int, iteration: int, num_seeds: int) -> Any:
     """Seed from (seed, iteration) alone: no random state needs saving. Returns seeds to give on."""
+    # Environment i of seed s must not get s + i, as it would by default: runs of s + 1 had it too.
     seeds = np.random.SeedSequence((seed, iteration)).generate_state(3 + num_seeds).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])
@@ -540,6 +553,7 @@ def load_checkpoint(path: str, *modules: Any) -> dict[str, Any]:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
             if file.testzip():
                 raise ValueError("a checksum is wrong")
+        # A pickle can run any code; weights_only lets nothing but plain data through.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script, flags = checkpoint["script"], set(checkpoint["args"])
     except Exception as error:
@@ -584,6 +598,7 @@ def write_whole(path: Path, write) -> None:
     with partial.open("wb") as file:
         write(file)
         file.flush()
+        # On the disk before the new name is: after a power cut a whole file stands under it.
         os.fsync(file.fileno())
     partial.replace(path)
 
@@ -592,6 +607,8 @@ class Run:
     """The files of a run, its progress and its end; nothing of the algorithm."""
 
     def __init__(self, args: Args, agent: Any, optimizer: Any, total_steps: int):
+        # step counts what is done, iteration is the next one, returns are of the last 100 episodes,
+        # seconds were spent by earlier processes, and extra is what the script wants kept.
         self.args, self.modules, self.total_steps = args, (agent, optimizer), total_steps
         self.step, self.iteration, self.extra, self.returns, seconds = 0, 0, {}, [], 0.0
         stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
@@ -610,6 +627,7 @@ class Run:
             if self.checkpoint.exists() and not args.resume:
                 refuse(f"{self.dir} already holds a run; --resume {self.checkpoint} continues it")
             self.dir.mkdir(parents=True, exist_ok=True)
+            # Curves that an interrupted run drew beyond its checkpoint are drawn again: drop them.
             self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         except OSError as error:
             refuse(f"cannot write to --run-dir {self.dir}: {error}")
@@ -626,6 +644,7 @@ class Run:
         return shlex.join(["python", os.path.relpath(__file__), flag, str(self.checkpoint)])
 
     def interrupted(self, number: int, _frame: Any) -> NoReturn:
+        """Save nothing, as a checkpoint cuts episodes where the unbroken run has none."""
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_IGN)
         self.bar.close()
