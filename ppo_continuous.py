@@ -517,8 +517,9 @@ def build_envs(args: Args) -> Environments:
     # SAME_STEP: the step that ends an episode returns the first observation of the next one, and
     # the last of its own, from which a truncation bootstraps, in infos["final_obs"].
     try:
-        if importlib.util.find_spec("mujoco"):  # it warns in a MUJOCO_LOG.TXT where one works
-            importlib.import_module("mujoco").set_mju_user_warning(lambda message: None)
+        if importlib.util.find_spec("mujoco"):
+            # No MUJOCO_LOG.TXT where one works. len, as Ctrl-C in a Python function would abort.
+            importlib.import_module("mujoco").set_mju_user_warning(len)
         kwargs, mode = json.loads(args.env_kwargs), gym.vector.AutoresetMode.SAME_STEP
         kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         make = lambda: gym.make(args.env_id, **kwargs)

@@ -1,14 +1,22 @@
 """Environments for the tests, as a user would bring their own: tests.envs:Name-v0."""
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 
 
 class Toy(gym.Env):
-    """Two actions, a flat observation, no end of its own; subclasses change one thing."""
+    """Two actions, or real ones with box (pairs of bounds), a flat observation, no end of its own;
+    subclasses change one thing."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
-    action_space = gym.spaces.Discrete(2)
+    action_space: gym.Space = gym.spaces.Discrete(2)
+
+    def __init__(self, box=None, dtype="float32"):
+        if box:
+            low, high = np.array(box, dtype).T
+            self.action_space = gym.spaces.Box(low, high, dtype=dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -57,6 +65,25 @@ class ManyActions(Toy):
 
 class Continuous(Toy):
     action_space = gym.spaces.Box(-1, 1, (1,))
+
+
+class Matrix(Toy):
+    action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+
+class Integers(Toy):
+    action_space = gym.spaces.Box(0, 9, (2,), np.int64)
+
+
+class Bounded(Toy):
+    """Refuses an action outside its bounds, and remembers those that it took."""
+
+    taken: ClassVar[list] = []
+
+    def reward(self, action):
+        assert self.action_space.contains(action), action
+        self.taken.append(action)
+        return 1.0
 
 
 class Image(Toy):

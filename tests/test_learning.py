@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_scripts import run, start
+from tests.test_scripts import run, start, toy
 
-CONSTANT = {"ppo": "--no-clip-vloss --learning-rate 1e-3 --total-timesteps 40000"}
+CONSTANT = {
+    "ppo": "--no-clip-vloss --learning-rate 1e-3 --total-timesteps 40000",
+    "ppo_continuous": "--no-clip-vloss --no-norm-reward --learning-rate 1e-3 --num-steps 128 "
+    "--total-timesteps 40000",
+}
 
 
 @pytest.mark.parametrize("script", sorted(CONSTANT))
@@ -22,8 +26,8 @@ def test_a_time_limit_is_not_an_end(env, script, tmp_path):
     does the same with an observation that its reset overwrites.
     """
     module = importlib.import_module(script)
-    flags = f"--env-id tests.envs:{env}-v0 --gamma 0.9 --run-dir {tmp_path} --eval-episodes 1"
-    module.main(module.parse_args([*flags.split(), *CONSTANT[script].split()]))
+    flags = f"--gamma 0.9 --run-dir {tmp_path} --eval-episodes 1 {CONSTANT[script]}"
+    module.main(module.parse_args([*toy(script, env), *flags.split()]))
     args = module.parse_args(["--evaluate", str(tmp_path / "checkpoint.pt")])
     agent = module.Agent(module.make_envs(args), args)
     module.load_checkpoint(args.evaluate, agent)

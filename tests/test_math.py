@@ -1,18 +1,31 @@
 """The numerics of the scripts against oracles: definitions, closed forms, other libraries."""
 
+import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Normal,
+    TanhTransform,
+    TransformedDistribution,
+    kl_divergence,
+)
 
 import ppo
+import ppo_continuous
+from tests.envs import Bounded
 
-GAE_SCRIPTS = [ppo]
+GAE_SCRIPTS = [ppo, ppo_continuous]
 
 
 def random_rollout(rng, T, N, p_terminated=0.1, p_truncated=0.1):
@@ -95,7 +108,6 @@ def test_a_truncated_rollout_is_two_trajectories(script, terminates_too):
 
 @pytest.mark.parametrize("script", GAE_SCRIPTS)
 def test_gae_agrees_with_stable_baselines3(script):
-    import gymnasium as gym
     from stable_baselines3.common.buffers import RolloutBuffer
 
     rng, T, N = np.random.default_rng(2), 50, 3
@@ -255,16 +267,16 @@ def test_adaptive_kl_coefficient():
 # --- The agent ------------------------------------------------------------------------------------
 
 
+def spaces(action_space) -> Any:
+    """What an Agent asks of its environments: observations in R^3, and these actions."""
+    obs_space = gym.spaces.Box(-1, 1, (3,))
+    return SimpleNamespace(single_observation_space=obs_space, single_action_space=action_space)
+
+
 def small_agent(**flags):
-    import gymnasium as gym
-
-    class Spaces:
-        single_observation_space = gym.spaces.Box(-1, 1, (3,))
-        single_action_space = gym.spaces.Discrete(4)
-
     args = ppo.Args(hidden_size=8, **flags)
     torch.manual_seed(0)
-    return ppo.Agent(Spaces, args), args  # type: ignore[arg-type]
+    return ppo.Agent(spaces(gym.spaces.Discrete(4)), args), args
 
 
 def test_act_samples_the_softmax():
@@ -351,3 +363,171 @@ def test_total_loss_has_the_signs_of_equation_9():
     np.testing.assert_allclose(
         metrics, [-surrogate, error, entropy, -logratio.mean(), k3, clipfrac], rtol=1e-4
     )
+
+
+# --- The Gaussian policy --------------------------------------------------------------------------
+
+
+def gaussian_agent(low, high, **flags):
+    """An agent of ppo_continuous for these bounds, with weights far from the initial ones."""
+    args = ppo_continuous.Args(hidden_size=8, norm_obs=False, **flags)
+    space = gym.spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
+    torch.manual_seed(0)
+    agent = ppo_continuous.Agent(spaces(space), args)
+    with torch.no_grad():
+        agent.actor[-1].weight.mul_(100)
+        agent.log_std.copy_(torch.linspace(-1.0, 0.5, len(low)))
+    return agent
+
+
+def test_gaussian_log_prob_and_entropy_are_those_of_scipy():
+    agent = gaussian_agent([-1, -1, 0], [1, 2, np.inf])
+    obs, u = torch.randn(6, 3), 2 * torch.randn(6, 3)
+    policy = agent.policy(obs)
+    gaussian = stats.norm(agent.actor(obs).detach().double(), agent.log_std.detach().double().exp())
+    np.testing.assert_allclose(policy.log_prob(u).detach(), gaussian.logpdf(u).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(policy.entropy().detach(), gaussian.entropy().sum(1), rtol=1e-5)
+    assert policy.log_prob(u).shape == policy.entropy().shape == agent.value(obs).shape == (6,)
+
+
+def test_act_draws_from_the_policy():
+    """Its samples have the policy's mean and std in each dimension, and are normal."""
+    agent = gaussian_agent([-1, -1], [1, 2])
+    with torch.no_grad():
+        obs = torch.randn(1, 3)
+        u = agent.act(obs, agent.draw_noise(50_000)).numpy()
+        mean, std = agent.actor(obs)[0].numpy(), agent.log_std.exp().numpy()
+    for k in range(2):
+        assert stats.kstest((u[:, k] - mean[k]) / std[k], "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(u.T)[0, 1]) < 0.02
+    np.testing.assert_array_equal(agent.act(obs, 0.0).detach()[0], mean)
+
+
+def test_the_initial_std_is_the_flag():
+    args = ppo_continuous.Args(log_std_init=-1.5)
+    agent = ppo_continuous.Agent(spaces(gym.spaces.Box(-1, 1, (2,))), args)
+    with torch.no_grad():
+        u = agent.act(torch.zeros(1, 3), agent.draw_noise(20_000))
+    np.testing.assert_allclose(u.std(0), math.exp(-1.5), rtol=0.03)
+
+
+def squashed_agent(dtype=torch.float64):
+    return gaussian_agent([-0.5, 0.0], [3.0, 0.1], squash=True).to(dtype)
+
+
+def test_squashed_log_prob_is_the_change_of_variables():
+    """Against torch's transforms where a = low + scale (1 + tanh u) can still be inverted."""
+    agent = squashed_agent()
+    obs, u = torch.randn(50, 3).double(), 2 * torch.randn(50, 2).double()
+    low, high = torch.tensor([-0.5, 0.0]).double(), torch.tensor([3.0, 0.1]).double()
+    scale = (high - low) / 2
+    transforms = [TanhTransform(), AffineTransform(low + scale, scale)]
+    density = TransformedDistribution(Normal(agent.actor(obs), agent.log_std.exp()), transforms)
+    a = low + scale * (1 + torch.tanh(u))
+    torch.testing.assert_close(
+        agent.policy(obs).log_prob(u), density.log_prob(a).sum(-1), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_squashed_density_integrates_to_one_and_its_entropy_is_the_integral():
+    agent = gaussian_agent([-0.5], [3.0], squash=True)
+    agent = agent.double()
+    obs = torch.randn(1, 3).double()
+    a = np.linspace(-0.5, 3.0, 400_001)[1:-1]
+    u = torch.from_numpy(np.arctanh((a + 0.5) / 1.75 - 1))[:, None]
+    with torch.no_grad():
+        logp = agent.policy(obs).log_prob(u).numpy()
+        samples = agent.policy(obs.expand(400_000, 3)).entropy()
+    density, width = np.exp(logp), a[1] - a[0]
+    assert density.sum() * width == pytest.approx(1, abs=1e-4)
+    entropy = -(density * logp).sum() * width
+    error = samples.std().item() / math.sqrt(len(samples))
+    assert abs(samples.mean().item() - entropy) < 4 * error < 0.02
+
+
+def test_squashed_entropy_has_the_gradient_of_the_entropy():
+    """By the mean and by the std, against differences of the integral."""
+    agent = gaussian_agent([-0.5], [3.0], squash=True)
+    agent = agent.double()
+    a = np.linspace(-0.5, 3.0, 100_001)[1:-1]
+    u = torch.from_numpy(np.arctanh((a + 0.5) / 1.75 - 1))[:, None]
+    obs, bias = torch.zeros(1, 3).double(), agent.actor[-1].bias
+
+    def integral():
+        logp = agent.policy(obs).log_prob(u).detach().numpy()
+        return -(np.exp(logp) * logp).sum() * (a[1] - a[0])
+
+    torch.manual_seed(1)
+    bias.data += 0.7
+    agent.policy(obs.expand(400_000, 3)).entropy().mean().backward()
+    for parameter in (bias, agent.log_std):
+        ends = []
+        for step in (-1e-3, 2e-3):
+            parameter.data += step
+            ends.append(integral())
+        parameter.data -= 1e-3
+        assert parameter.grad is not None
+        assert parameter.grad.item() == pytest.approx((ends[1] - ends[0]) / 2e-3, abs=0.02)
+
+
+def test_squashed_log_prob_is_stable_at_the_bounds():
+    """tanh(20) is 1 in float32, where log(1 - tanh^2) is -inf and its gradient NaN."""
+    agent = squashed_agent(torch.float32)
+    obs = torch.randn(1, 3)
+    u = torch.tensor([[0.0, 0.0], [20.0, -20.0], [-300.0, 300.0], [1e4, 1e-20]], requires_grad=True)
+    logprobs = agent.policy(obs).log_prob(u)
+    mean, std = agent.actor(obs).detach().double().numpy(), agent.log_std.exp().detach().numpy()
+    exact = u.detach().double().numpy()
+    # log(1 - tanh^2) = -2 log cosh, and log cosh(u) = |u| + log1p(exp(-2 |u|)) - log 2
+    logcosh = np.abs(exact) + np.log1p(np.exp(-2 * np.abs(exact))) - math.log(2)
+    slope = np.log(np.array([1.75, 0.05])) - 2 * logcosh
+    expected = (stats.norm.logpdf(exact, mean, std) - slope).sum(1)
+    np.testing.assert_allclose(logprobs.detach(), expected, rtol=1e-4)
+    logprobs.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (u, agent.log_std))
+
+
+def test_the_squash_cancels_in_the_ratio():
+    """With the same u the Jacobian is in both log-probs: squashed or not, ratios are the same."""
+    squashed = squashed_agent()
+    plain = gaussian_agent([-0.5, 0.0], [3.0, 0.1])
+    plain = plain.double()
+    obs, u = torch.randn(20, 3).double(), torch.randn(20, 2).double()
+    ratios = []
+    for agent in (squashed, plain):
+        old = agent.policy(obs).log_prob(u).detach()
+        agent.log_std.data += 0.3
+        ratios.append(agent.policy(obs).log_prob(u) - old)
+    torch.testing.assert_close(*ratios)
+    assert ratios[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "box,squash",
+    [
+        ([(-1, 1), (-1, 1)], False),
+        ([(-0.1, 3), (2, 2.5)], False),
+        ([(0, math.inf), (-math.inf, 1)], False),
+        ([(-math.inf, math.inf), (-3e38, 3e38)], False),
+        ([(-1, 1), (-1, 1)], True),
+        ([(-0.1, 3), (2, 2.5)], True),
+        ([(-1e4, 1e-4), (0.1, 0.1 + 1e-6)], True),
+    ],
+)
+@settings(max_examples=40, deadline=None)
+@given(u=st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=2))
+def test_whatever_u_the_action_is_within_its_bounds(box, squash, dtype, u):
+    """Clipped: u itself inside, the bound outside. Squashed: as the formula has it."""
+    kwargs = json.dumps({"box": box, "dtype": dtype})
+    flags = {"env_id": "tests.envs:Bounded-v0", "num_envs": 1, "env_kwargs": kwargs}
+    envs = ppo_continuous.make_envs(ppo_continuous.Args(squash=squash, **flags))
+    envs.reset(seed=1)
+    Bounded.taken.clear()
+    envs.step(np.array([u], np.float32))
+    envs.close()
+    (action,) = Bounded.taken  # which asserts its bounds
+    low, high = np.array(box).T
+    squashed = low + (high - low) / 2 * (1 + np.tanh(u)) if squash else np.clip(u, low, high)
+    atol = 1e-6 * np.abs(box).max() if squash else 0.0  # of float32, where a sum ends near 0
+    np.testing.assert_allclose(action, squashed, rtol=1e-5, atol=atol)

@@ -17,8 +17,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"ppo": "--total-timesteps 3000 --num-steps 64 --eval-episodes 2 --checkpoint-every 600"}
+PENDULUM = "--env-id InvertedPendulum-v5 --num-envs 4 --num-minibatches 4 --update-epochs 4"
+TASK = {"ppo": "", "ppo_continuous": PENDULUM}  # batches of 4 environments x 64 steps everywhere
+LENGTH = "--num-steps 64 --total-timesteps 3000 --eval-episodes 2 --checkpoint-every 600"
+SMALL = {script: f"{task} {LENGTH}" for script, task in TASK.items()}
 SCRIPTS = sorted(SMALL)
+CONTINUOUS = {"ppo_continuous"}
+
+
+def toy(script, env):
+    """Flags for an environment of tests/envs.py with actions that the script takes."""
+    box = ["--env-kwargs", '{"box":[[-1,2]]}'] if script in CONTINUOUS else []
+    return [*TASK[script].split(), "--env-id", f"tests.envs:{env}-v0", *box]
 
 
 def start(script, *flags, cwd=ROOT, **kwargs):
@@ -96,8 +106,10 @@ def test_a_run_leaves_summary_curves_and_checkpoint(script, finished):
         assert [step for step, _ in logged[f"losses/{key}"]] == steps
     for key in ("approx_kl", "old_approx_kl", "clipfrac"):
         assert f"losses/{key}" in logged
-    returns = dict(logged["charts/episodic_return"])
-    assert returns == dict(logged["charts/episodic_length"])  # CartPole pays 1 per step
+    # CartPole pays 1 per step, InvertedPendulum too, save for the one that ends the episode.
+    unpaid = 1 if script in CONTINUOUS else 0
+    lengths = {step: length - unpaid for step, length in logged["charts/episodic_length"]}
+    assert dict(logged["charts/episodic_return"]) == pytest.approx(lengths, rel=1e-6)
     assert logged["eval/episodic_return"][0][0] == summary["steps"]
     rates = [rate for _, rate in logged["charts/learning_rate"]]
     remaining = 1 - np.arange(len(steps)) / len(steps)
@@ -121,7 +133,11 @@ def test_runs_alone_in_an_empty_directory_without_git(script, tmp_path):
     (tmp_path / "bin").mkdir()  # a PATH with a shell and nothing else
     (tmp_path / "bin" / "sh").symlink_to(shutil.which("sh") or "/bin/sh")
     env = {**os.environ, "PATH": str(tmp_path / "bin")}
-    run(tmp_path / f"{script}.py", *SMALL[script].split(), cwd=tmp_path, env=env)
+    flags = [*SMALL[script].split(), *["--env-id", "HalfCheetah-v5"] * (script in CONTINUOUS)]
+    _, err = run(tmp_path / f"{script}.py", *flags, cwd=tmp_path, env=env)
+    assert not err  # MuJoCo warns of HalfCheetah's file, and would write MUJOCO_LOG.TXT
+    left = {p.name for p in tmp_path.iterdir()} - {"__pycache__"}
+    assert left == {"bin", f"{script}.py", "runs"}
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(rf"[\w-]+__{script}__1__\d{{8}}-\d{{6}}-\d+", run_dir.name)
     assert json.loads((run_dir / "summary.json").read_text())["commit"] is None
@@ -153,7 +169,10 @@ def checkpoint_iteration(run_dir):
         return -1
 
 
-RESUMED = {"ppo": "--norm-obs --norm-reward --kl-coef 1 --adaptive-kl 0.01 --total-timesteps 20000"}
+RESUMED = {
+    "ppo": "--norm-obs --norm-reward --kl-coef 1 --adaptive-kl 0.01 --total-timesteps 20000",
+    "ppo_continuous": "--squash --ent-coef 0.01 --total-timesteps 20000",
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -241,8 +260,8 @@ def test_evaluate_plays_the_saved_agent(script, finished):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_reloaded_agent_acts_to_the_bit(script, tmp_path):
-    """Two fresh processes give the same logits for the same observations, statistics included."""
-    flags = f"{SMALL[script]} --env-id tests.envs:Noisy-v0 --norm-obs --norm-reward".split()
+    """Two fresh processes give the same policy for the same observations, statistics included."""
+    flags = [*toy(script, "Noisy"), *LENGTH.split(), "--norm-obs", "--norm-reward"]
     run(script, *flags, "--run-dir", tmp_path / "run", env={**os.environ, "PYTHONPATH": str(ROOT)})
     code = f"""
 import torch, {script} as s
@@ -252,7 +271,8 @@ agent = s.Agent(s.make_envs(args), args)
 s.load_checkpoint(args.evaluate, agent)
 torch.manual_seed(5)
 obs = torch.randn(64, 2) * torch.tensor([1.0, 50.0])
-print(agent.policy(obs).logits.detach().numpy().tobytes().hex(), agent.return_stats.var.item())
+outputs = agent.actor(agent.normalize(obs)).detach()  # logits or means
+print(outputs.numpy().tobytes().hex(), agent.return_stats.var.item())
 print(agent.obs_stats.std().tolist())
 """
     command = [sys.executable, "-c", code]
@@ -268,7 +288,13 @@ def test_video(script, finished, tmp_path):
     pytest.importorskip("moviepy")
     shutil.copytree(finished(script)[0], tmp_path / "run")
     flags = ("--evaluate", tmp_path / "run" / "checkpoint.pt", "--capture-video")
-    run(script, *flags, "--eval-episodes", 1, env={**os.environ, "SDL_VIDEODRIVER": "dummy"})
+    env = {**os.environ, "SDL_VIDEODRIVER": "dummy"}
+    process = start(script, *flags, "--eval-episodes", 1, env=env)
+    _, err = process.communicate()
+    if process.returncode == 2:  # MuJoCo draws by EGL or OSMesa, which a machine may lack
+        assert script in CONTINUOUS and "MUJOCO_GL" in err and err.count("\n") == 1
+        return
+    assert process.returncode == 0, err
     assert [p.suffix for p in (tmp_path / "run" / "videos").iterdir()] == [".mp4"]
 
 
@@ -285,15 +311,25 @@ FLAGS = {
         "--num-envs 1 --num-steps 8 --num-minibatches 8",  # minibatches of one
         "--env-id Acrobot-v1 --hidden-size 8 --gamma 1 --gae-lambda 0",
         '--env-kwargs {"sutton_barto_reward":true}',
-    )
+    ),
+    "ppo_continuous": (
+        "--squash --ent-coef 0.01",
+        "--clip-coef None --kl-coef 0.1 --adaptive-kl 10",
+        "--no-norm-obs --no-norm-reward --log-std-init -1 --clip-vloss",
+        "--env-id MountainCarContinuous-v0 --num-envs 1 --num-steps 8 --num-minibatches 8",
+        '--env-id tests.envs:Bounded-v0 --env-kwargs {"box":[[-0.1,3],[0,Infinity]]}',
+        '--env-id tests.envs:Bounded-v0 --env-kwargs {"box":[[-Infinity,Infinity],[-3e38,3e38]]}',
+        '--env-id tests.envs:Bounded-v0 --env-kwargs {"box":[[-1,9]],"dtype":"float64"} --squash',
+        '--env-id tests.envs:Bounded-v0 --env-kwargs {"box":[[5,9],[0,1e-5]]} --squash',
+    ),
 }
 
 
 @pytest.mark.parametrize("script,flags", [(s, f) for s, all_ in FLAGS.items() for f in all_])
 def test_every_choice_runs_and_stays_finite(script, flags, tmp_path):
     module = importlib.import_module(script)
-    small = ["--total-timesteps", "1024", "--num-steps", "64", "--eval-episodes", "1"]
-    module.main(module.parse_args([*small, *flags.split(), "--run-dir", str(tmp_path)]))
+    small = f"{TASK[script]} --total-timesteps 1024 --num-steps 64 --eval-episodes 1 {flags}"
+    module.main(module.parse_args([*small.split(), "--run-dir", str(tmp_path)]))
     state, _ = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
     assert all(x.isfinite().all() for x in state.values())
     logged = curves(tmp_path)
@@ -445,9 +481,44 @@ def refused(script, flags, monkeypatch, tmp_path, capsys):
     return err
 
 
+BOUNDED = "--env-id tests.envs:Bounded-v0 --env-kwargs "
+BAD_FLAGS_CONTINUOUS = [
+    ("--env-id CartPole-v1", "use ppo.py"),
+    ("--env-id tests.envs:ManyActions-v0", "Box(n,)"),
+    ("--env-id tests.envs:Matrix-v0", "Box(n,)"),
+    ("--env-id tests.envs:Integers-v0", "Box(n,)"),
+    ("--env-id tests.envs:Image-v0", "flat"),
+    (BOUNDED + '{"box":[[-1,1],[0,Infinity]]} --squash', "finite bounds"),
+    (BOUNDED + '{"box":[[-1,1],[-Infinity,0]]} --squash', "finite bounds"),
+    (BOUNDED + '{"box":[[-1,1],[2,2]]} --squash', "finite bounds"),
+    ("--log-std-init nan", "[-20, 2]"),
+    ("--log-std-init 2.1", "[-20, 2]"),
+    ("--num-minibatches 3", "divide"),
+]
+
+
 @pytest.mark.parametrize("flags,words", BAD_FLAGS)
 def test_ppo_refuses(flags, words, monkeypatch, tmp_path, capsys):
     assert words in refused("ppo", flags.split(), monkeypatch, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("flags,words", BAD_FLAGS_CONTINUOUS)
+def test_ppo_continuous_refuses(flags, words, monkeypatch, tmp_path, capsys):
+    assert words in refused("ppo_continuous", flags.split(), monkeypatch, tmp_path, capsys)
+
+
+def test_without_mujoco_it_says_how_to_install_it(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules["mujoco"] = None  # import mujoco now fails as if it were not there
+import ppo_continuous
+ppo_continuous.main(ppo_continuous.parse_args([]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1 and 'pip install "gymnasium[mujoco]"' in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -515,7 +586,7 @@ def test_tyro_refuses_an_unknown_flag_with_status_2(script, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("env,step", [("NanObservation", 41 * 4), ("NanReward", 41 * 4)])
 def test_data_that_is_not_finite_stops_the_run(script, env, step, tmp_path):
-    flags = f"--env-id tests.envs:{env}-v0 --run-dir {tmp_path}/run --num-steps 64".split()
+    flags = [*toy(script, env), "--run-dir", tmp_path / "run", "--num-steps", 64]
     env_vars = {**os.environ, "PYTHONPATH": str(ROOT)}
     _, err = run(script, *flags, status=1, env=env_vars)
     (line,) = err.strip().splitlines()
