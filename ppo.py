@@ -466,6 +466,7 @@ def check_args(args: Args) -> torch.device:
     """Refuse what is out of range, in every script what it has; seed the initial weights."""
     counts = "total_timesteps num_envs num_steps num_minibatches update_epochs hidden_size"
     reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
+    # A script lacks some of these flags, and one that is None is switched off.
     for words, holds, names in (
         ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
         ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef"),
@@ -688,6 +689,7 @@ class Run:
         status = f"return {mean:.1f}, {self.step / seconds:.0f} steps/s"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(self.step - self.bar.n)
+        # On a terminal the bar says it all; elsewhere it is silent, and a line per 5 % does.
         if self.bar.disable and self.step >= self.next_line:
             done = self.step / self.total_steps
             left = seconds / done - seconds

@@ -16,7 +16,7 @@ DIFF_BUDGET = {("ppo", "ppo_continuous"): 50}
 
 # Lines above the plumbing's banner, and in all. The design wished for 560 in all; what it asks of
 # the plumbing (exact resume, whole files, clear refusals, evaluation, video) takes 340 by itself.
-MOST_LINES = {name: (400, 741) for name in LADDER} | {"grpo_rloo": (480, 801)}
+MOST_LINES = {name: (400, 743) for name in LADDER} | {"grpo_rloo": (480, 803)}
 
 
 def test_shared_blocks_are_identical():
