@@ -41,7 +41,7 @@ def peer_settings(script: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """What the peer is given, as plain values; anything it has no counterpart for is refused."""
     args = script_args(script, flags)
     has = lambda name: getattr(args, name, None)
-    for name in ("kl_coef", "adaptive_kl", "target_kl", "compile"):
+    for name in ("kl_coef", "adaptive_kl", "target_kl", "compile", "squash"):
         if has(name):
             raise BenchmarkError(f"--peer sb3 has no counterpart of {script.stem}'s {name}")
     kwargs = {"n_steps": args.num_steps, "gamma": args.gamma, "gae_lambda": args.gae_lambda}
@@ -56,6 +56,8 @@ def peer_settings(script: Path, flags: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": args.hidden_size,
         "eval_episodes": args.eval_episodes,
     }
+    if has("log_std_init") is not None:
+        settings["log_std_init"] = args.log_std_init
     if script.stem in ("ppo", "ppo_continuous", "a2c"):
         kwargs["ent_coef"] = args.ent_coef
         kwargs["max_grad_norm"] = args.max_grad_norm
@@ -130,6 +132,8 @@ def train(env_id: str, seed: int, total_steps: int, settings: dict[str, Any], ru
         kwargs[name] = schedule(clip, settings["anneal_clip"])
     networks = [settings["hidden_size"]] * 2
     policy_kwargs = {"net_arch": networks, "activation_fn": torch.nn.Tanh}
+    if "log_std_init" in settings:
+        policy_kwargs["log_std_init"] = settings["log_std_init"]
     if settings["algorithm"] != "TRPO":
         policy_kwargs |= {"optimizer_kwargs": {"eps": 1e-5}}
     # Not by its id: then SB3 asks for pictures, and LunarLander, say, simulates its exhaust too.

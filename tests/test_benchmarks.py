@@ -424,6 +424,18 @@ def test_peer_has_the_scripts_hyperparameters():
     assert model.get_env().norm_obs and not model.get_env().norm_reward
 
 
+def test_peer_has_the_gaussian_and_the_normalisation_of_ppo_continuous():
+    flags = {"num_steps": 64, "num_minibatches": 4, "update_epochs": 2, "log_std_init": -0.7}
+    settings = peers.peer_settings(ROOT / "ppo_continuous.py", flags)
+    model = peers.train("Pendulum-v1", 1, 512, settings, NoFiles())
+    envs = model.get_env()
+    assert envs.norm_obs and envs.norm_reward and envs.clip_obs == envs.clip_reward == 10
+    assert envs.num_envs == 8 and model.batch_size == 128
+    assert model.policy.log_std.item() == pytest.approx(-0.7, abs=0.1)
+    with pytest.raises(suites.BenchmarkError):
+        peers.peer_settings(ROOT / "ppo_continuous.py", {"squash": True})
+
+
 @pytest.mark.parametrize("flags", [{"target_kl": 0.01}, {"kl_coef": 1.0}, {"norm_adv": "batch"},
                                    {"clip_coef": "None"}, {"no_such_flag": 1}])
 def test_peer_refuses_what_it_cannot_do(flags):
