@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -174,6 +175,8 @@ def measure_random(env_id: str, episodes: int = 100) -> dict[str, Any]:
     """Return of uniformly random actions, the 0 of the normalised score."""
     import gymnasium as gym
 
+    if importlib.util.find_spec("mujoco"):  # no MUJOCO_LOG.TXT here; len as in the scripts
+        importlib.import_module("mujoco").set_mju_user_warning(len)
     try:
         env = gym.make(env_id)
     except Exception as error:
