@@ -15,8 +15,9 @@ class Toy(gym.Env):
 
     def __init__(self, box=None, dtype="float32"):
         if box:
-            low, high = np.array(box, dtype).T
-            self.action_space = gym.spaces.Box(low, high, dtype=dtype)
+            real = np.dtype(dtype).type
+            low, high = np.array(box, real).T
+            self.action_space = gym.spaces.Box(low, high, dtype=real)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

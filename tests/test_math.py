@@ -368,12 +368,12 @@ def test_total_loss_has_the_signs_of_equation_9():
 # --- The Gaussian policy --------------------------------------------------------------------------
 
 
-def gaussian_agent(low, high, **flags):
+def gaussian_agent(low, high, **flags) -> Any:
     """An agent of ppo_continuous for these bounds, with weights far from the initial ones."""
     args = ppo_continuous.Args(hidden_size=8, norm_obs=False, **flags)
     space = gym.spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
     torch.manual_seed(0)
-    agent = ppo_continuous.Agent(spaces(space), args)
+    agent: Any = ppo_continuous.Agent(spaces(space), args)
     with torch.no_grad():
         agent.actor[-1].weight.mul_(100)
         agent.log_std.copy_(torch.linspace(-1.0, 0.5, len(low)))
@@ -411,7 +411,7 @@ def test_the_initial_std_is_the_flag():
     np.testing.assert_allclose(u.std(0), math.exp(-1.5), rtol=0.03)
 
 
-def squashed_agent(dtype=torch.float64):
+def squashed_agent(dtype=torch.float64) -> Any:
     return gaussian_agent([-0.5, 0.0], [3.0, 0.1], squash=True).to(dtype)
 
 
