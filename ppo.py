@@ -133,8 +133,7 @@ class Args:
     adaptive_kl: float | None = None
     """d_targ of section 4, 0.003 to 0.03 in Table 1: beta is halved or doubled to stay near it"""
     target_kl: float | None = None
-    """the mean KL (k3) of the whole batch is measured after each epoch; above this, the iteration's
-    remaining epochs are skipped; nothing is undone"""
+    """an epoch that leaves the batch's mean KL (k3) above this is the last; nothing is undone"""
     max_grad_norm: float = 0.5
     """longest gradient; a longer one is scaled down to it"""
     hidden_size: int = 64

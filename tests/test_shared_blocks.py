@@ -58,7 +58,10 @@ def test_dependencies_in_the_header_are_those_of_requirements(name):
         package, _, extras = base.rstrip("]").partition("[")
         assert version == pins[package].partition("==")[2]
         assert set(filter(None, extras.split(","))) <= set(re.split(r"[\[\],]", pins[package]))
-    modules = set(re.findall(r"(?m)^(?:import|from) (\w+)", source(name)))
+    nodes = list(ast.walk(ast.parse(source(name))))
+    names = [alias.name for x in nodes if isinstance(x, ast.Import) for alias in x.names]
+    names += [x.module or "" for x in nodes if isinstance(x, ast.ImportFrom)]
+    modules = {name.split(".")[0] for name in names}
     third_party = modules - set(sys.stdlib_module_names) | {"tensorboard"}  # which torch wraps
     assert third_party <= {d.split("==")[0].split("[")[0] for d in dependencies}
     assert not modules & {*LADDER, "grpo_rloo"}, "a script imports no sibling"
