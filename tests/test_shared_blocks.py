@@ -29,6 +29,13 @@ def test_every_diff_is_within_its_budget():
         assert sync_blocks.changed_lines(source(parent), source(child)) <= budget
 
 
+def test_the_readme_counts_the_changed_lines():
+    for parent, child in sync_blocks.neighbours():
+        row = next(x for x in (ROOT / "README.md").read_text().splitlines() if f"]({child}.py)" in x)
+        changed = sync_blocks.changed_lines(source(parent), source(child))
+        assert row.split("|")[4].strip() == str(changed)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_line_counts_and_share_of_comments(name):
     text = source(name)
