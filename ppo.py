@@ -73,7 +73,7 @@ class Args:
     resume: str | None = None
     """checkpoint of an interrupted run to continue, on CPU bit for bit"""
     evaluate: str | None = None
-    """checkpoint to play with its most probable actions instead of training"""
+    """checkpoint to play, without exploration, instead of training"""
     eval_episodes: int = 10
     """episodes of an evaluation (--evaluate, and after training)"""
     capture_video: bool = False
@@ -446,6 +446,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     # Parsed once more with the saved values as defaults: what differs then was typed, even where it
     # is this script's own default.
     saved = load_checkpoint(path)["args"] | {"run_dir": str(Path(path).parent)}
+    saved["capture_video"] &= args.resume is not None
     args = tyro.cli(Args, args=argv, default=Args(**saved))
     free = {"resume", "evaluate", "eval_episodes", "capture_video", "device"}
     free |= {"seed", "num_threads"} if args.resume is None else {"total_timesteps"}
@@ -472,7 +473,7 @@ def check_args(args: Args) -> torch.device:
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
         ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
-        ("in [-20, 2]", lambda x: -20 <= x <= 2, "log_std_init"),
+        ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():
             if (value := getattr(args, name, None)) is not None and not holds(value):
@@ -507,7 +508,7 @@ def build_envs(args: Args) -> Environments:
         if importlib.util.find_spec("mujoco"):
             # No MUJOCO_LOG.TXT where one works. len, as Ctrl-C in a Python function would abort.
             importlib.import_module("mujoco").set_mju_user_warning(len)
-        kwargs, mode = json.loads(args.env_kwargs), gym.vector.AutoresetMode.SAME_STEP
+        kwargs, mode = {**json.loads(args.env_kwargs)}, gym.vector.AutoresetMode.SAME_STEP
         kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         make = lambda: gym.make(args.env_id, **kwargs)
         envs = Environments([make] * args.num_envs, copy=False, autoreset_mode=mode)
@@ -557,7 +558,7 @@ def load_checkpoint(path: str, *modules: Any) -> dict[str, Any]:
 
 
 def play(args: Args, agent: Any) -> np.ndarray:
-    """Print and return the returns of eval_episodes episodes of the most probable actions."""
+    """Print and return the returns of eval_episodes episodes without exploration noise."""
     one_env: dict[str, Any] = vars(args) | {"num_envs": 1}
     envs = make_envs(Args(**one_env))
     if args.capture_video:

@@ -3,17 +3,17 @@
 Schulman et al. 2017, arXiv:1707.06347; equation numbers are that paper's. The update is that of
 ppo.py; the policy is a Gaussian over u, whose std does not depend on the state:
 
-    u_t    = mean(s_t) + std * noise_t,  noise_t ~ Normal(0, I);  ratio_t = pi(u_t) / pi_old(u_t)
-    a_t    = clip(u_t, low, high), or with --squash low + (high - low) (1 + tanh(u_t)) / 2
+    u_t    = mean(s_t) + std noise_t, noise_t ~ N(0, I);  ratio_t = pi(u_t|s_t) / pi_old(u_t|s_t)
+    a_t    = clip(u_t, low, high), or with --squash center + scale tanh(u_t), all within bounds
     L_clip = mean[ min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) ]                (Eq. 7)
     ascend   L_clip - vf_coef 1/2 mean[(V(s_t) - V_targ_t)^2] + ent_coef mean[entropy]    (Eq. 9)
 
-A clip to the bounds counts as part of the environment: exact gradient, but nothing calls u back
-from beyond, and an entropy bonus widens tails that are cut off. The squash is part of the policy:
-its Jacobian, free of parameters, cancels in the ratio but counts in the entropy, which falls as
-actions crowd at the bounds. Changes from ppo.py: this policy; observations and rewards normalised,
-value loss not clipped, no entropy bonus, more and smaller updates. Deviations from the paper: as
-there, 8 x 256 steps for its 1 x 2048, std exp(-1) at first. Reading the curves: as there.
+The clip belongs to the environment: the gradient stays unbiased, but nothing calls u back from
+beyond, and an entropy bonus widens cut-off tails. The squash's Jacobian, free of parameters,
+cancels in the ratio; only the entropy counts it, and falls as actions crowd at the bounds.
+Changes from ppo.py: the policy, and defaults. Deviations from the paper, beyond those there: both
+normalisations, annealing, 8 x 256 steps for 1 x 2048, std exp(-1). Curves: as in ppo.py, but the
+entropy may be negative: unsquashed it starts at (log_std_init + 1.42) times the action's length.
 
 Run: python ppo_continuous.py            All flags: python ppo_continuous.py --help
 """
@@ -62,7 +62,7 @@ class Args:
     resume: str | None = None
     """checkpoint of an interrupted run to continue, on CPU bit for bit"""
     evaluate: str | None = None
-    """checkpoint to play with its most probable actions instead of training"""
+    """checkpoint to play, without exploration, instead of training"""
     eval_episodes: int = 10
     """episodes of an evaluation (--evaluate, and after training)"""
     capture_video: bool = False
@@ -128,22 +128,22 @@ class Args:
     hidden_size: int = 64
     """width of the two hidden layers of each network"""
     log_std_init: float = -1.0
-    """log of the policy's initial std in each dimension, in units of u"""
+    """log of the policy's initial std, in units of u: those of the action, unless --squash"""
     squash: bool = False
     """bring actions into their bounds by tanh, as part of the policy, instead of clipping them"""
 
 
 # --- Environment ----------------------------------------------------------------------------------
 def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """N environments, any u brought into their bounds; the step that ends an episode resets it."""
+    """N environments that take u for an action; the step that ends an episode also resets it."""
     envs = build_envs(args)
     space = envs.single_action_space
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-        refuse(f"{args.env_id} acts in {space}; supported: real Box(n,); if Discrete use ppo.py")
+    if not isinstance(space, gym.spaces.Box) or space.low.ndim != 1 or space.dtype.char not in "fd":
+        refuse(f"{args.env_id} acts in {space}; supported: float Box(n,); if Discrete use ppo.py")
     low, high, scale = space.low, space.high, space.high / 2 - space.low / 2
     if args.squash and not (np.isfinite(scale) & (scale > 0)).all():
         refuse(f"--squash needs finite bounds, low below high: {args.env_id} acts in {space}")
-    squash = lambda u: low + scale * (1 + np.tanh(u)) if args.squash else u
+    squash = lambda u: low / 2 + high / 2 + scale * np.tanh(u) if args.squash else u
     return gym.wrappers.vector.TransformAction(envs, lambda u: squash(u).clip(low, high))
 
 
@@ -161,19 +161,19 @@ def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequent
 
 
 class SquashedNormal(Independent):
-    """Density of a = low + scale (1 + tanh(u)), u Gaussian, given u: a at its bound has lost u."""
+    """Density of a = center + scale tanh(u) as a function of u, which a at a bound cannot give."""
 
     def __init__(self, gaussian: Normal, scale: Tensor):
         super().__init__(gaussian, 1, validate_args=False)
         self.scale = scale
 
     def log_prob(self, u: Tensor) -> Tensor:
-        """log N(u) - log da/du, with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), finite."""
+        """log N(u) - log da/du; 1 - tanh(u)^2 may round to 0, whose log this form never takes."""
         log_slope = self.scale.log() + 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return super().log_prob(u) - log_slope.sum(-1)
 
     def entropy(self) -> Tensor:
-        """Has no closed form: unbiased estimate, with its gradient, from one sample per state."""
+        """Unbiased in value and gradient, from one sample per state, as there is no closed form."""
         return -self.log_prob(self.rsample())
 
 
@@ -186,7 +186,7 @@ class Agent(nn.Module):
         self.norm_obs, self.squash = args.norm_obs, args.squash
         self.scale = nn.Buffer(torch.from_numpy(space.high / 2 - space.low / 2), persistent=False)
         self.actor = mlp(obs_dim, args.hidden_size, space.shape[0], output_std=0.01)
-        self.log_std = nn.Parameter(torch.full(space.low.shape, args.log_std_init))
+        self.log_std = nn.Parameter(torch.full(space.low.shape, float(args.log_std_init)))
         self.critic = mlp(obs_dim, args.hidden_size, 1, output_std=1.0)
         self.obs_stats = RunningStats(obs_dim)
         self.return_stats = RunningStats()
@@ -210,7 +210,7 @@ class Agent(nn.Module):
         return torch.randn(*batch_shape, len(self.log_std), device=self.log_std.device)
 
     def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
-        """u, a sample of the Gaussian; with noise 0 its mean."""
+        """u, which make_envs clips or squashes to the action; with noise 0 the Gaussian's mean."""
         return self.actor(self.normalize(obs)) + self.log_std.exp() * noise
 
 
@@ -460,6 +460,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     # Parsed once more with the saved values as defaults: what differs then was typed, even where it
     # is this script's own default.
     saved = load_checkpoint(path)["args"] | {"run_dir": str(Path(path).parent)}
+    saved["capture_video"] &= args.resume is not None
     args = tyro.cli(Args, args=argv, default=Args(**saved))
     free = {"resume", "evaluate", "eval_episodes", "capture_video", "device"}
     free |= {"seed", "num_threads"} if args.resume is None else {"total_timesteps"}
@@ -486,7 +487,7 @@ def check_args(args: Args) -> torch.device:
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
         ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
-        ("in [-20, 2]", lambda x: -20 <= x <= 2, "log_std_init"),
+        ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():
             if (value := getattr(args, name, None)) is not None and not holds(value):
@@ -521,7 +522,7 @@ def build_envs(args: Args) -> Environments:
         if importlib.util.find_spec("mujoco"):
             # No MUJOCO_LOG.TXT where one works. len, as Ctrl-C in a Python function would abort.
             importlib.import_module("mujoco").set_mju_user_warning(len)
-        kwargs, mode = json.loads(args.env_kwargs), gym.vector.AutoresetMode.SAME_STEP
+        kwargs, mode = {**json.loads(args.env_kwargs)}, gym.vector.AutoresetMode.SAME_STEP
         kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         make = lambda: gym.make(args.env_id, **kwargs)
         envs = Environments([make] * args.num_envs, copy=False, autoreset_mode=mode)
@@ -571,7 +572,7 @@ def load_checkpoint(path: str, *modules: Any) -> dict[str, Any]:
 
 
 def play(args: Args, agent: Any) -> np.ndarray:
-    """Print and return the returns of eval_episodes episodes of the most probable actions."""
+    """Print and return the returns of eval_episodes episodes without exploration noise."""
     one_env: dict[str, Any] = vars(args) | {"num_envs": 1}
     envs = make_envs(Args(**one_env))
     if args.capture_video:

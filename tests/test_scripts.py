@@ -425,6 +425,7 @@ BAD_FLAGS = [
     ("--env-id CartPole-v9", "v1"),
     ("--env-id nomodule:X-v0", "nomodule"),
     ("--env-kwargs {not-json}", "env-kwargs"),
+    ("--env-kwargs []", "not a mapping"),
     ('--env-kwargs {"gravity_":1}', "gravity_"),
     ("--env-id tests.envs:Image-v0", "flat"),
     ("--env-id tests.envs:Dictionary-v0", "flat"),
@@ -487,12 +488,13 @@ BAD_FLAGS_CONTINUOUS = [
     ("--env-id tests.envs:ManyActions-v0", "Box(n,)"),
     ("--env-id tests.envs:Matrix-v0", "Box(n,)"),
     ("--env-id tests.envs:Integers-v0", "Box(n,)"),
+    (BOUNDED + '{"box":[[-1,1]],"dtype":"float16"}', "float Box(n,)"),
     ("--env-id tests.envs:Image-v0", "flat"),
     (BOUNDED + '{"box":[[-1,1],[0,Infinity]]} --squash', "finite bounds"),
     (BOUNDED + '{"box":[[-1,1],[-Infinity,0]]} --squash', "finite bounds"),
     (BOUNDED + '{"box":[[-1,1],[2,2]]} --squash', "finite bounds"),
-    ("--log-std-init nan", "[-20, 2]"),
-    ("--log-std-init 2.1", "[-20, 2]"),
+    ("--log-std-init nan", "[-10, 2]"),
+    ("--log-std-init 2.1", "[-10, 2]"),
     ("--num-minibatches 3", "divide"),
 ]
 

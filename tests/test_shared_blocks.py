@@ -15,8 +15,8 @@ from tests.sync_blocks import LADDER, PLUMBING, ROOT, SCRIPTS, blocks, disagreem
 DIFF_BUDGET = {("ppo", "ppo_continuous"): 50}
 
 # Lines above the plumbing's banner, and in all. The design wished for 560 in all; what it asks of
-# the plumbing (exact resume, whole files, clear refusals, evaluation, video) takes 340 by itself.
-MOST_LINES = {name: (400, 743) for name in LADDER} | {"grpo_rloo": (480, 803)}
+# the plumbing (exact resume, whole files, clear refusals, evaluation, video) takes 343 by itself.
+MOST_LINES = {name: (400, 744) for name in LADDER} | {"grpo_rloo": (480, 804)}
 
 
 def test_shared_blocks_are_identical():
@@ -30,8 +30,9 @@ def test_every_diff_is_within_its_budget():
 
 
 def test_the_readme_counts_the_changed_lines():
+    readme = (ROOT / "README.md").read_text().splitlines()
     for parent, child in sync_blocks.neighbours():
-        row = next(x for x in (ROOT / "README.md").read_text().splitlines() if f"]({child}.py)" in x)
+        row = next(line for line in readme if f"]({child}.py)" in line)
         changed = sync_blocks.changed_lines(source(parent), source(child))
         assert row.split("|")[4].strip() == str(changed)
 
