@@ -86,7 +86,6 @@ class Args:
     """CPU threads of torch; bits are promised to repeat with 1 alone"""
     compile: bool = False
     """torch.compile the loss (on CUDA the policy too): a slow start, then faster"""
-
     # --- environment ---
     env_id: str = "CartPole-v1"
     """Gymnasium id; your own is module:Name-v0"""
@@ -98,7 +97,6 @@ class Args:
     """standardise observations by their running mean and std, clip at +-10"""
     norm_reward: bool = False
     """divide rewards by the running std of the discounted return, clip at +-10"""
-
     # --- algorithm ---
     total_timesteps: int = 500_000
     """environment steps of the run, rounded down to whole iterations of N T"""
@@ -116,6 +114,8 @@ class Args:
     """minibatches of an epoch, a divisor of N T"""
     update_epochs: int = 4
     """passes over the batch in an iteration (K in the paper)"""
+    recompute_adv: bool = False
+    """estimate advantages and returns anew before each epoch, by the critic as it is by then"""
     norm_adv: Literal["minibatch", "batch", "none"] = "minibatch"
     """where advantages are brought to mean 0 and std 1"""
     clip_coef: float | None = 0.2
@@ -167,7 +167,6 @@ def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequent
 
 class Agent(nn.Module):
     """Actor, critic, and the normalisation statistics that belong to them."""
-
     def __init__(self, envs: gym.vector.SyncVectorEnv, args: Args):
         super().__init__()
         obs_dim = envs.single_observation_space.shape[0]
@@ -220,6 +219,17 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
+def estimate_advantages(agent: Agent, obs, next_obs, rewards, terminated, dones, args: Args):
+    """Advantages and returns (V_targ of Eq. 9), tensors [T, N], by the critic as it is now."""
+    with torch.no_grad():
+        values, next_values = (agent.value(x).cpu().numpy() for x in (obs, next_obs))
+    outcome = (rewards, values, next_values, terminated, dones)
+    advantages = compute_gae(*outcome, args.gamma, args.gae_lambda)
+    returns = torch.from_numpy(advantages + values).float().to(obs.device)
+    advantages = torch.from_numpy(advantages).float().to(obs.device)
+    return normalize_advantages(advantages) if args.norm_adv == "batch" else advantages, returns
+
+
 def policy_loss(logprobs, old_logprobs, advantages, clip_coef: float | Tensor | None) -> Tensor:
     """Minus L_clip (Eq. 7), tensors [B] -> scalar; without clip_coef minus L_CPI (Eq. 6)."""
     ratio = (logprobs - old_logprobs).exp()
@@ -243,7 +253,7 @@ def value_loss(values, old_values, returns, clip_coef: float | Tensor | None) ->
 def kl_estimates(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Estimates k1, k3 [B] of KL(pi_old, pi) from actions of pi_old (joschu.net/blog/kl-approx):
     k1 = -log ratio and k3 = (ratio - 1) - log ratio have the same mean, as E_old[ratio] = 1; k3 is
-    never negative and varies less. Eq. 8 here differentiates k3, without bias at any pi, because
+    >= 0 and varies less near pi_old. Eq. 8 here differentiates k3, without bias at any pi, because
     pi_old drew the actions: E_old[grad ratio] = 0, E_old[-grad log pi] = grad KL(pi_old, pi)."""
     logratio = logprobs - old_logprobs
     return -logratio, logratio.expm1() - logratio
@@ -255,7 +265,6 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
 
 
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-
 
 def total_loss(agent: Agent, minibatch, clip_coef, kl_coef, args: Args):
     """Minus Eq. 9, where L is L_clip with the penalty of Eq. 8; and METRICS, as one tensor."""
@@ -277,7 +286,7 @@ def total_loss(agent: Agent, minibatch, clip_coef, kl_coef, args: Args):
 def main(args: Args) -> None:
     # --- Setup ---
     device = check_args(args)
-    T, N, gamma = args.num_steps, args.num_envs, args.gamma
+    T, N = args.num_steps, args.num_envs
     B = T * N  # steps, environments, samples
     num_iterations = args.total_timesteps // B
     if B % args.num_minibatches:
@@ -337,24 +346,21 @@ def main(args: Args) -> None:
         t_obs, t_next_obs, t_actions = (to_tensor(x) for x in (obs, next_obs, actions))
         with torch.no_grad():  # in one pass; parameters and statistics are still those that acted
             old_logprobs, old_values = agent.policy(t_obs).log_prob(t_actions), agent.value(t_obs)
-            values, next_values = old_values.cpu().numpy(), agent.value(t_next_obs).cpu().numpy()
         scaled_rewards = rewards
         if args.norm_reward:
-            sums, running_return = discounted_returns(rewards, dones, running_return, gamma)
+            sums, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
             agent.return_stats.update(to_tensor(sums).flatten())
             scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
-        outcome = (scaled_rewards, values, next_values, terminated, dones)
-        advantages = compute_gae(*outcome, gamma, args.gae_lambda)
-        returns = advantages + values  # V_targ of Eq. 9, the lambda-return
-        t_advantages, t_returns = to_tensor(advantages).float(), to_tensor(returns).float()
-        if args.norm_adv == "batch":
-            t_advantages = normalize_advantages(t_advantages)
+        outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
+        advantages, returns = estimate_advantages(agent, *outcome, args)
 
         # --- 3. Update ---
-        samples = (t_obs, t_actions, old_logprobs, old_values, t_advantages, t_returns)
+        samples = (t_obs, t_actions, old_logprobs, old_values, advantages, returns)
         batch = [x.flatten(0, 1) for x in samples]  # each [B, ...]
         metrics, grad_norms, updates, kl = torch.zeros(len(METRICS), device=device), 0.0, 0, 0.0
-        for _ in range(args.update_epochs):
+        for epoch in range(args.update_epochs):
+            if epoch and args.recompute_adv:
+                batch[4:] = (x.flatten() for x in estimate_advantages(agent, *outcome, args))
             order = torch.randperm(B, device=device)
             for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
                 loss, metrics_of_loss = loss_function(agent, minibatch, clip_coef, beta, args)
@@ -378,7 +384,8 @@ def main(args: Args) -> None:
         # --- 4. Log ---
         losses: dict[str, float] = dict(zip(METRICS, (metrics / updates).tolist()))
         losses["grad_norm"] = float(grad_norms) / updates
-        losses["explained_variance"] = float(1 - advantages.var() / max(returns.var(), 1e-8))
+        unexplained = (returns - old_values).var() / returns.var().clamp(min=1e-8)
+        losses["explained_variance"] = 1 - unexplained.item()
         losses |= {"kl_coef": kl_coef} if kl_coef else {}
         run.log(losses, learning_rate)
     run.finish(num_iterations, kl_coef=kl_coef)

@@ -172,6 +172,24 @@ def test_advantages_are_normalised_and_a_single_one_survives(script):
     assert script.normalize_advantages(torch.ones(4)).tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize("script", GAE_SCRIPTS)
+@pytest.mark.parametrize("norm_adv", ["minibatch", "batch"])
+def test_estimated_advantages_and_returns_are_those_of_the_critic(script, norm_adv):
+    rng, T, N = np.random.default_rng(4), 7, 3
+    rewards, _, _, terminated, truncated = random_rollout(rng, T, N)
+    obs, next_obs = torch.randn(2, T, N, 3)
+    agent = SimpleNamespace(value=lambda x: x.sum(-1))
+    args = script.Args(norm_adv=norm_adv, gamma=0.9, gae_lambda=0.8)
+    outcome = obs, next_obs, rewards, terminated, terminated | truncated
+    advantages, returns = script.estimate_advantages(agent, *outcome, args)
+    values, next_values = obs.sum(-1).numpy(), next_obs.sum(-1).numpy()
+    expected = gae_by_definition(rewards, values, next_values, *outcome[3:], 0.9, 0.8)
+    np.testing.assert_allclose(returns, expected + values, rtol=1e-5, atol=1e-5)
+    if norm_adv == "batch":
+        expected = (expected - expected.mean()) / expected.std(ddof=1)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- PPO's objectives -----------------------------------------------------------------------------
 
 # The six cases of sign and side, eps = 0.2: ratio -> (objective, its derivative in the ratio).

@@ -306,7 +306,7 @@ FLAGS = {
         "--clip-coef None --no-clip-vloss",
         "--kl-coef 0.1 --adaptive-kl 0.01",
         "--target-kl 0.01 --anneal-clip --no-anneal-lr",
-        "--norm-adv batch --no-clip-vloss",
+        "--norm-adv batch --no-clip-vloss --recompute-adv",
         "--norm-adv none --norm-obs --norm-reward",
         "--num-envs 1 --num-steps 8 --num-minibatches 8",  # minibatches of one
         "--env-id Acrobot-v1 --hidden-size 8 --gamma 1 --gae-lambda 0",
@@ -315,7 +315,7 @@ FLAGS = {
     "ppo_continuous": (
         "--squash --ent-coef 0.01",
         "--clip-coef None --kl-coef 0.1 --adaptive-kl 10",
-        "--no-norm-obs --no-norm-reward --log-std-init -1 --clip-vloss",
+        "--no-norm-obs --no-norm-reward --log-std-init -1 --clip-vloss --no-recompute-adv",
         "--env-id MountainCarContinuous-v0 --num-envs 1 --num-steps 8 --num-minibatches 8",
         '--env-id tests.envs:Bounded-v0 --env-kwargs {"box":[[-0.1,3],[0,Infinity]]}',
         '--env-id tests.envs:Bounded-v0 --env-kwargs {"box":[[-Infinity,Infinity],[-3e38,3e38]]}',
@@ -349,6 +349,37 @@ def test_target_kl_skips_the_epochs_that_are_left(target, epochs, monkeypatch, t
     flags = f"--total-timesteps 1536 --eval-episodes 1 --target-kl {target} --run-dir {tmp_path}"
     ppo.main(ppo.parse_args(flags.split()))
     assert len(steps) == 3 * epochs * 4  # iterations, epochs, minibatches
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag,times", [("--recompute-adv", 4), ("--no-recompute-adv", 1)])
+def test_advantages_are_those_of_the_critic_before_each_epoch(
+    script, flag, times, monkeypatch, tmp_path
+):
+    """What the loss is given in an epoch is what the critic of that moment says."""
+    module = importlib.import_module(script)
+    estimate, total_loss = module.estimate_advantages, module.total_loss
+    estimates, given = [], []
+
+    def record(agent, obs, *rest):
+        advantages, returns = estimate(agent, obs, *rest)
+        estimates.append(returns.flatten().sort().values)
+        if len(estimates) > 1:
+            assert not torch.equal(estimates[-1], estimates[-2])
+        return advantages, returns
+
+    def collect(agent, minibatch, *rest):
+        given.append(minibatch[5])
+        return total_loss(agent, minibatch, *rest)
+
+    monkeypatch.setattr(module, "estimate_advantages", record)
+    monkeypatch.setattr(module, "total_loss", collect)
+    flags = f"{TASK[script]} --num-steps 64 --total-timesteps 256 --eval-episodes 1 {flag}"
+    module.main(module.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
+    assert len(estimates) == times and len(given) == 16
+    for epoch in range(4):
+        seen = torch.cat(given[4 * epoch : 4 * epoch + 4]).sort().values
+        assert torch.equal(seen, estimates[epoch if times > 1 else 0])
 
 
 def test_logged_losses_are_means_over_all_minibatches(monkeypatch, tmp_path):
