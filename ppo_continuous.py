@@ -11,9 +11,9 @@ ppo.py; the policy is a Gaussian over u, whose std does not depend on the state:
 The clip belongs to the environment: the gradient stays unbiased, but nothing calls u back from
 beyond, and an entropy bonus widens cut-off tails. The squash's Jacobian, free of parameters,
 cancels in the ratio; only the entropy counts it, and falls as actions crowd at the bounds.
-Changes from ppo.py: the policy, and defaults. Deviations from the paper, beyond those there: both
-normalisations, annealing, recomputed advantages, 8 x 256 steps for 1 x 2048, first std exp(-0.5).
-Curves: as in ppo.py, but entropy starts at (log_std_init + 1.42) per action and may turn negative.
+Changes from ppo.py: the policy; defaults, such as an unclipped value loss. Deviations beyond those
+there: both normalisations, annealing, recomputed advantages, 8 x 256 steps for 1 x 2048, first std
+exp(-0.5). Curves: as there, but the entropy starts, unsquashed, at log_std_init + 1.42 a dimension.
 
 Run: python ppo_continuous.py            All flags: python ppo_continuous.py --help
 """

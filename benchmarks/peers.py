@@ -6,6 +6,7 @@ harness treats it the same way, except that an interrupted peer starts again. Wh
 - SB3's clipped value loss is the error of the clipped value, not the larger of the two errors, and
   its gradient is therefore 0 outside the clip.
 - VecNormalize moves the observation statistics at every step, the scripts at every iteration.
+- ppo_continuous estimates its advantages anew before each epoch (recompute_adv), SB3 never does.
 - the scripts end the open episodes at every checkpoint, SB3 never does.
 - TRPO: the critic is fitted in minibatches of 128.
 """
@@ -38,7 +39,8 @@ def script_args(script: Path, flags: dict[str, Any]) -> Any:
 
 
 def peer_settings(script: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """What the peer is given, as plain values; anything it has no counterpart for is refused."""
+    """What the peer is given, as plain values; flags without a counterpart are refused, except for
+    the differences that the module's docstring lists."""
     args = script_args(script, flags)
     has = lambda name: getattr(args, name, None)
     for name in ("kl_coef", "adaptive_kl", "target_kl", "compile", "squash"):
