@@ -141,14 +141,13 @@ class Args:
 
 
 # --- Environment ----------------------------------------------------------------------------------
-def make_envs(args: Args) -> gym.vector.SyncVectorEnv:
+def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments; the step that ends an episode returns the next one's first observation."""
     envs = build_envs(args)
-    action_space = envs.single_action_space
-    if isinstance(action_space, gym.spaces.Box):
-        refuse(f"{args.env_id} has continuous actions, {action_space}: use ppo_continuous.py")
-    if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        refuse(f"{args.env_id} acts in {action_space}; supported is Discrete(n) that starts at 0")
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+        supported = "Discrete(n) that starts at 0; for a float Box(n,) use ppo_continuous.py"
+        refuse(f"{args.env_id} acts in {space}; supported: {supported}")
     return envs
 
 
@@ -167,11 +166,10 @@ def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequent
 
 class Agent(nn.Module):
     """Actor, critic, and the normalisation statistics that belong to them."""
-    def __init__(self, envs: gym.vector.SyncVectorEnv, args: Args):
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__()
-        obs_dim = envs.single_observation_space.shape[0]
-        self.num_actions = int(envs.single_action_space.n)
-        self.norm_obs = args.norm_obs
+        obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
+        self.norm_obs, self.num_actions = args.norm_obs, int(space.n)
         # The head's small std starts the policy near uniform.
         self.actor = mlp(obs_dim, args.hidden_size, self.num_actions, output_std=0.01)
         self.critic = mlp(obs_dim, args.hidden_size, 1, output_std=1.0)
@@ -220,14 +218,16 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
 
 
 def estimate_advantages(agent: Agent, obs, next_obs, rewards, terminated, dones, args: Args):
-    """Advantages and returns (V_targ of Eq. 9), tensors [T, N], by the critic as it is now."""
+    """Advantages, returns (V_targ of Eq. 9) and values, tensors [T, N], by the critic as it is."""
     with torch.no_grad():
         values, next_values = (agent.value(x).cpu().numpy() for x in (obs, next_obs))
     outcome = (rewards, values, next_values, terminated, dones)
     advantages = compute_gae(*outcome, args.gamma, args.gae_lambda)
-    returns = torch.from_numpy(advantages + values).float().to(obs.device)
-    advantages = torch.from_numpy(advantages).float().to(obs.device)
-    return normalize_advantages(advantages) if args.norm_adv == "batch" else advantages, returns
+    estimates = (advantages, advantages + values, values)
+    advantages, returns, values = (torch.from_numpy(x).float().to(obs.device) for x in estimates)
+    if args.norm_adv == "batch":
+        advantages = normalize_advantages(advantages)
+    return advantages, returns, values
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_coef: float | Tensor | None) -> Tensor:
@@ -268,7 +268,7 @@ METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl",
 
 def total_loss(agent: Agent, minibatch, clip_coef, kl_coef, args: Args):
     """Minus Eq. 9, where L is L_clip with the penalty of Eq. 8; and METRICS, as one tensor."""
-    obs, actions, old_logprobs, old_values, advantages, returns = minibatch
+    obs, actions, old_logprobs, advantages, returns, old_values = minibatch
     if args.norm_adv == "minibatch":
         advantages = normalize_advantages(advantages)
     policy, values = agent.policy(obs), agent.value(obs)
@@ -306,10 +306,9 @@ def main(args: Args) -> None:
     kl_coef = run.extra.get("kl_coef", args.kl_coef)
     loss_function = torch.compile(total_loss) if args.compile else total_loss
     act = torch.compile(agent.act) if args.compile and device.type == "cuda" else agent.act
-    obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
-    obs = np.zeros((T, N, *obs_shape), np.float32)
+    obs = np.zeros((T, N, *envs.single_observation_space.shape), np.float32)
     next_obs = np.zeros_like(obs)  # what action t led to, before any reset
-    actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
+    actions = np.zeros((T, N, *envs.single_action_space.shape), envs.single_action_space.dtype)
     rewards, terminated, truncated = (np.zeros((T, N), x) for x in (float, bool, bool))
     current_obs, running_return = obs[0], np.zeros(N)
     for iteration in range(run.iteration, num_iterations):
@@ -345,22 +344,22 @@ def main(args: Args) -> None:
         # --- 2. Advantages ---
         t_obs, t_next_obs, t_actions = (to_tensor(x) for x in (obs, next_obs, actions))
         with torch.no_grad():  # in one pass; parameters and statistics are still those that acted
-            old_logprobs, old_values = agent.policy(t_obs).log_prob(t_actions), agent.value(t_obs)
+            old_logprobs = agent.policy(t_obs).log_prob(t_actions)
         scaled_rewards = rewards
         if args.norm_reward:
             sums, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
             agent.return_stats.update(to_tensor(sums).flatten())
             scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
         outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
-        advantages, returns = estimate_advantages(agent, *outcome, args)
+        advantages, returns, old_values = estimate_advantages(agent, *outcome, args)
 
         # --- 3. Update ---
-        samples = (t_obs, t_actions, old_logprobs, old_values, advantages, returns)
+        samples = (t_obs, t_actions, old_logprobs, advantages, returns, old_values)
         batch = [x.flatten(0, 1) for x in samples]  # each [B, ...]
         metrics, grad_norms, updates, kl = torch.zeros(len(METRICS), device=device), 0.0, 0, 0.0
         for epoch in range(args.update_epochs):
             if epoch and args.recompute_adv:
-                batch[4:] = (x.flatten() for x in estimate_advantages(agent, *outcome, args))
+                batch[3:5] = (x.flatten() for x in estimate_advantages(agent, *outcome, args)[:2])
             order = torch.randperm(B, device=device)
             for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
                 loss, metrics_of_loss = loss_function(agent, minibatch, clip_coef, beta, args)

@@ -135,7 +135,7 @@ class Args:
 
 # --- Environment ----------------------------------------------------------------------------------
 def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """N environments that take u for an action; the step that ends an episode also resets it."""
+    """N environments that take u; the step that ends one returns the next's first observation."""
     envs = build_envs(args)
     space = envs.single_action_space
     if not isinstance(space, gym.spaces.Box) or space.low.ndim != 1 or space.dtype.char not in "fd":
@@ -233,14 +233,16 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
 
 
 def estimate_advantages(agent: Agent, obs, next_obs, rewards, terminated, dones, args: Args):
-    """Advantages and returns (V_targ of Eq. 9), tensors [T, N], by the critic as it is now."""
+    """Advantages, returns (V_targ of Eq. 9) and values, tensors [T, N], by the critic as it is."""
     with torch.no_grad():
         values, next_values = (agent.value(x).cpu().numpy() for x in (obs, next_obs))
     outcome = (rewards, values, next_values, terminated, dones)
     advantages = compute_gae(*outcome, args.gamma, args.gae_lambda)
-    returns = torch.from_numpy(advantages + values).float().to(obs.device)
-    advantages = torch.from_numpy(advantages).float().to(obs.device)
-    return normalize_advantages(advantages) if args.norm_adv == "batch" else advantages, returns
+    estimates = (advantages, advantages + values, values)
+    advantages, returns, values = (torch.from_numpy(x).float().to(obs.device) for x in estimates)
+    if args.norm_adv == "batch":
+        advantages = normalize_advantages(advantages)
+    return advantages, returns, values
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_coef: float | Tensor | None) -> Tensor:
@@ -281,7 +283,7 @@ METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl",
 
 def total_loss(agent: Agent, minibatch, clip_coef, kl_coef, args: Args):
     """Minus Eq. 9, where L is L_clip with the penalty of Eq. 8; and METRICS, as one tensor."""
-    obs, actions, old_logprobs, old_values, advantages, returns = minibatch
+    obs, actions, old_logprobs, advantages, returns, old_values = minibatch
     if args.norm_adv == "minibatch":
         advantages = normalize_advantages(advantages)
     policy, values = agent.policy(obs), agent.value(obs)
@@ -319,10 +321,9 @@ def main(args: Args) -> None:
     kl_coef = run.extra.get("kl_coef", args.kl_coef)
     loss_function = torch.compile(total_loss) if args.compile else total_loss
     act = torch.compile(agent.act) if args.compile and device.type == "cuda" else agent.act
-    obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
-    obs = np.zeros((T, N, *obs_shape), np.float32)
+    obs = np.zeros((T, N, *envs.single_observation_space.shape), np.float32)
     next_obs = np.zeros_like(obs)  # what action t led to, before any reset
-    actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
+    actions = np.zeros((T, N, *envs.single_action_space.shape), envs.single_action_space.dtype)
     rewards, terminated, truncated = (np.zeros((T, N), x) for x in (float, bool, bool))
     current_obs, running_return = obs[0], np.zeros(N)
     for iteration in range(run.iteration, num_iterations):
@@ -358,22 +359,22 @@ def main(args: Args) -> None:
         # --- 2. Advantages ---
         t_obs, t_next_obs, t_actions = (to_tensor(x) for x in (obs, next_obs, actions))
         with torch.no_grad():  # in one pass; parameters and statistics are still those that acted
-            old_logprobs, old_values = agent.policy(t_obs).log_prob(t_actions), agent.value(t_obs)
+            old_logprobs = agent.policy(t_obs).log_prob(t_actions)
         scaled_rewards = rewards
         if args.norm_reward:
             sums, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
             agent.return_stats.update(to_tensor(sums).flatten())
             scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
         outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
-        advantages, returns = estimate_advantages(agent, *outcome, args)
+        advantages, returns, old_values = estimate_advantages(agent, *outcome, args)
 
         # --- 3. Update ---
-        samples = (t_obs, t_actions, old_logprobs, old_values, advantages, returns)
+        samples = (t_obs, t_actions, old_logprobs, advantages, returns, old_values)
         batch = [x.flatten(0, 1) for x in samples]  # each [B, ...]
         metrics, grad_norms, updates, kl = torch.zeros(len(METRICS), device=device), 0.0, 0, 0.0
         for epoch in range(args.update_epochs):
             if epoch and args.recompute_adv:
-                batch[4:] = (x.flatten() for x in estimate_advantages(agent, *outcome, args))
+                batch[3:5] = (x.flatten() for x in estimate_advantages(agent, *outcome, args)[:2])
             order = torch.randperm(B, device=device)
             for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
                 loss, metrics_of_loss = loss_function(agent, minibatch, clip_coef, beta, args)

@@ -14,6 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = Path(__file__).resolve().parent / "suites"
 BANNER = "# === Plumbing"
+# What stands below the banner and yet decides what a script computes: its hash sees these too.
+COMPUTES = ("RunningStats", "discounted_returns", "flatten_parameters", "seed_everything")
 
 
 class BenchmarkError(Exception):
@@ -98,8 +100,10 @@ def select_tasks(suite: Suite, scripts: Path, only: list[str], envs: list[str], 
 
 
 def normal_form(source: str) -> str:
-    """Source without comments, docstrings and what stands below the plumbing banner."""
-    tree = ast.parse(source.split(f"\n{BANNER}")[0])
+    """Source without comments, docstrings and, below the plumbing banner, all but COMPUTES."""
+    above, _, below = source.partition(f"\n{BANNER}")
+    tree = ast.parse(above)
+    tree.body += [x for x in ast.parse("#" + below).body if getattr(x, "name", "") in COMPUTES]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             # Every bare constant goes: the strings under the fields of Args are docstrings too.

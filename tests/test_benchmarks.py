@@ -155,6 +155,8 @@ def test_hash_of_the_real_script(tmp_path):
         ("= 2.5e-4", "= 2.6e-4", False),
         ('"""name of the experiment', '"""Name of the experiment', True),
         ("{left:.0f} s left", "{left:.0f} s to go", True),
+        ("(self.var + 1e-8).sqrt()", "(self.var + 1e-7).sqrt()", False),
+        ("returns[t] = rewards[t] + gamma * running", "returns[t] = rewards[t] + running", False),
     ):
         assert old in source
         copy.write_text(source.replace(old, new))

@@ -181,8 +181,9 @@ def test_estimated_advantages_and_returns_are_those_of_the_critic(script, norm_a
     agent = SimpleNamespace(value=lambda x: x.sum(-1))
     args = script.Args(norm_adv=norm_adv, gamma=0.9, gae_lambda=0.8)
     outcome = obs, next_obs, rewards, terminated, terminated | truncated
-    advantages, returns = script.estimate_advantages(agent, *outcome, args)
+    advantages, returns, old_values = script.estimate_advantages(agent, *outcome, args)
     values, next_values = obs.sum(-1).numpy(), next_obs.sum(-1).numpy()
+    np.testing.assert_array_equal(old_values, values)
     expected = gae_by_definition(rewards, values, next_values, *outcome[3:], 0.9, 0.8)
     np.testing.assert_allclose(returns, expected + values, rtol=1e-5, atol=1e-5)
     if norm_adv == "batch":
@@ -364,7 +365,7 @@ def test_total_loss_has_the_signs_of_equation_9():
     obs, actions = torch.randn(6, 3), torch.randint(4, (6,))
     old_logprobs = (agent.policy(obs).log_prob(actions) + 0.4 * torch.randn(6)).detach()
     old_values, adv, returns = torch.randn(3, 6)
-    batch = obs, actions, old_logprobs, old_values, adv, returns
+    batch = obs, actions, old_logprobs, adv, returns, old_values
     loss, metrics = ppo.total_loss(agent, batch, 0.2, 0.5, args)
     logits = agent.actor(obs).detach().double().numpy()
     logpi = logits - np.log(np.exp(logits).sum(1, keepdims=True))

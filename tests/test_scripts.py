@@ -362,14 +362,14 @@ def test_advantages_are_those_of_the_critic_before_each_epoch(
     estimates, given = [], []
 
     def record(agent, obs, *rest):
-        advantages, returns = estimate(agent, obs, *rest)
+        advantages, returns, values = estimate(agent, obs, *rest)
         estimates.append(returns.flatten().sort().values)
         if len(estimates) > 1:
             assert not torch.equal(estimates[-1], estimates[-2])
-        return advantages, returns
+        return advantages, returns, values
 
     def collect(agent, minibatch, *rest):
-        given.append(minibatch[5])
+        given.append(minibatch[4])
         return total_loss(agent, minibatch, *rest)
 
     monkeypatch.setattr(module, "estimate_advantages", record)

@@ -12,13 +12,13 @@ from tests import sync_blocks
 from tests.sync_blocks import LADDER, PLUMBING, ROOT, SCRIPTS, blocks, disagreements, source
 
 # Changed code lines between neighbours, as `sync_blocks.py --diffs` counts them. May only fall.
-DIFF_BUDGET = {("ppo", "ppo_continuous"): 50}
+DIFF_BUDGET = {("ppo", "ppo_continuous"): 40}
 
 # Lines above the plumbing's banner, and in all; the design wished for 400 and 560. ppo_continuous
 # has a squashed density more than the others; what the design asks of the plumbing (exact resume,
 # whole files, clear refusals, evaluation, video) takes 344 by itself.
 MOST_LINES = {name: (400, 744) for name in LADDER} | {"grpo_rloo": (480, 804)}
-MOST_LINES["ppo_continuous"] = (406, 750)
+MOST_LINES["ppo_continuous"] = (408, 752)
 
 
 def test_shared_blocks_are_identical():
