@@ -10,10 +10,10 @@ run: $(VENV)/run.done
 	@echo "For these commands: source $(BIN)/activate"
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-long: $(VENV)/dev.done
-	$(BIN)/python -m pytest -m "long or not long"
+	$(BIN)/python -m pytest -n auto -m "long or not long"
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -199,7 +199,7 @@ class Agent(nn.Module):
 
 # --- The algorithm --------------------------------------------------------------------------------
 def compute_gae(rewards, values, next_values, terminated, dones, gamma, gae_lambda):
-    """Generalised advantage estimates (Eqs. 11-12; arXiv:1506.02438, Eq. 16), NumPy [T, N] each;
+    """Generalised advantage estimates (arXiv:1506.02438, Eq. 16), NumPy [T, N] each;
     next_values[t] is the value of what action t led to, before any reset: a termination zeroes it,
     a truncation does not. dones = terminated | truncated: either ends the sum."""
     deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values
@@ -218,7 +218,7 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
 
 
 def estimate_advantages(agent: Agent, obs, next_obs, rewards, terminated, dones, args: Args):
-    """Advantages, returns (V_targ of Eq. 9) and values, tensors [T, N], by the critic as it is."""
+    """Advantages, the critic's targets and its values, tensors [T, N], by the critic as it is."""
     with torch.no_grad():
         values, next_values = (agent.value(x).cpu().numpy() for x in (obs, next_obs))
     outcome = (rewards, values, next_values, terminated, dones)
@@ -470,15 +470,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> torch.device:
     """Refuse what is out of range, in every script what it has; seed the initial weights."""
-    counts = "total_timesteps num_envs num_steps num_minibatches update_epochs hidden_size"
+    counts = "total_timesteps num_envs num_steps num_episodes num_minibatches update_epochs"
+    counts += " value_epochs hidden_size"
     reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
+    reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate"
     # A script lacks some of these flags, and one that is None is switched off.
     for words, holds, names in (
         ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
         ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():
@@ -606,6 +608,7 @@ class Run:
         # seconds were spent by earlier processes, and extra is what the script wants kept.
         self.args, self.modules, self.total_steps = args, (agent, optimizer), total_steps
         self.step, self.iteration, self.extra, self.returns, seconds = 0, 0, {}, [], 0.0
+        self.pending, self.ended = [], []  # losses and episodes since the last point of the curves
         stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
@@ -628,7 +631,7 @@ class Run:
             refuse(f"cannot write to --run-dir {self.dir}: {error}")
         args.run_dir = str(self.dir)
         self.every = args.checkpoint_every or args.total_timesteps / 10
-        self.first_step = self.next_checkpoint = self.next_line = self.step
+        self.first_step = self.next_checkpoint = self.next_line = self.last_point = self.step
         self.bar = tqdm(total=total_steps, initial=self.step, unit=" steps", disable=None)
         self.start = time.perf_counter() - seconds
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -649,6 +652,7 @@ class Run:
 
     def save(self, iteration: int, **extra: Any) -> None:
         """Write the state before an iteration, whole or not at all; extra is the script's own."""
+        self.write_point()
         self.writer.flush()
         state = {
             "script": Args.exp_name,
@@ -663,41 +667,62 @@ class Run:
         self.next_checkpoint = (self.step // self.every + 1) * self.every
         self.open_episodes = np.zeros((2, self.args.num_envs))  # return and length so far
 
-    def count(self, obs, next_obs, rewards, dones) -> None:
-        """Count the steps of a rollout [T, N] and the episodes that ended; stop at NaN and inf."""
+    def count(self, obs, next_obs, rewards, dones, played: Any = True) -> None:
+        """Count the steps of a rollout [T, N] and the episodes that ended; stop at NaN and inf.
+
+        played [T, N] marks the steps that there were, where environments wait for one another.
+        """
+        played = np.broadcast_to(played, rewards.shape)
         finite = np.isfinite(rewards) & np.isfinite(obs).all(-1) & np.isfinite(next_obs).all(-1)
         if not finite.all():
             step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
             refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
-        self.ended = []
+        ended = []
         for t in range(len(rewards)):
             self.open_episodes[0] += rewards[t]
-            self.open_episodes[1] += 1
+            self.open_episodes[1] += played[t]
             if dones[t].any():
-                self.ended += self.open_episodes[:, dones[t]].T.tolist()
+                ended += self.open_episodes[:, dones[t]].T.tolist()
                 self.open_episodes[:, dones[t]] = 0
-        self.returns = (self.returns + [episode[0] for episode in self.ended])[-100:]
-        self.step += rewards.size
+        self.ended += ended
+        self.returns = (self.returns + [episode[0] for episode in ended])[-100:]
+        self.step += int(played.sum())
 
     def log(self, losses: dict[str, float], learning_rate: float) -> None:
-        """Write an iteration's means to TensorBoard, and the progress to the terminal."""
-        seconds = time.perf_counter() - self.start
+        """Keep an iteration's losses; every 250 steps write a point and show the progress.
+
+        A point costs as much as a small update, and an iteration may be of 40 steps.
+        """
+        if math.isnan(losses["explained_variance"]):  # one sample has no variance
+            del losses["explained_variance"]  # (were the values NaN, value_loss would say so)
         scalars = {f"losses/{name}": value for name, value in losses.items()}
-        scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": self.step / seconds}
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                refuse(f"{name} is {value} at step {self.step}; kept: {self.checkpoint}", 1)
+        self.pending.append(scalars | {"charts/learning_rate": learning_rate})
+        if self.step - self.last_point >= 250:
+            self.write_point()
+
+    def write_point(self) -> None:
+        """Write means over what is pending to TensorBoard, and the progress to the terminal."""
+        if not self.pending:
+            return
+        seconds = time.perf_counter() - self.start
+        scalars = {name: np.mean([x[name] for x in self.pending]) for name in self.pending[0]}
+        scalars |= {"charts/SPS": self.step / seconds}
         if self.ended:
             means = np.mean(self.ended, axis=0)
             scalars |= {"charts/episodic_return": means[0], "charts/episodic_length": means[1]}
         for name, value in scalars.items():
-            if not math.isfinite(value):
-                refuse(f"{name} is {value} at step {self.step}; kept: {self.checkpoint}", 1)
             self.writer.add_scalar(name, value, self.step)
+        self.pending, self.ended, self.last_point = [], [], self.step
         mean = np.mean(self.returns) if self.returns else math.nan
         status = f"return {mean:.1f}, {self.step / seconds:.0f} steps/s"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(self.step - self.bar.n)
         # On a terminal the bar says it all; elsewhere it is silent, and a line per 5 % does.
         if self.bar.disable and self.step >= self.next_line:
-            done = self.step / self.total_steps
+            done = min(1, self.step / self.total_steps)
             left = seconds / done - seconds
             print(f"{self.step:>9} steps, {done:4.0%}, {status}, {left:.0f} s left", flush=True)
             self.next_line += self.total_steps / 20

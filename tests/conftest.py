@@ -1,5 +1,18 @@
 """Tests are of the CPU: bits do not repeat on a GPU, and small networks are slower there."""
 
 import os
+import signal
+
+import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A script run inside the tests' own process leaves its handlers behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)

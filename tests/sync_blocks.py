@@ -12,7 +12,6 @@ import argparse
 import ast
 import difflib
 import io
-import itertools
 import re
 import sys
 import tokenize
@@ -20,15 +19,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["reinforce", "a2c", "npg", "trpo", "ppo", "ppo_continuous"]  # grpo_rloo stands apart
+# What a script is read against: PPO's text comes from A2C's, its idea from TRPO's.
+PARENT = {"a2c": "reinforce", "npg": "a2c", "trpo": "npg", "ppo": "a2c", "ppo_continuous": "ppo"}
 SCRIPTS = [name for name in [*LADDER, "grpo_rloo"] if (ROOT / f"{name}.py").exists()]
 SECTION = re.compile(r"^    (?:    )?# --- (.+?) ---$")
 PLUMBING = "# === Plumbing"
 
-# Blocks that vary on purpose, each with the reason.
-VARY = {
-    "Args": "every algorithm has its own hyperparameters",
-    "Agent": "the policy's head depends on the action space",
-    "make_envs": "each script says which action spaces it takes",
+# Blocks that vary on purpose, each with the reason and the groups within which it does not.
+PPO = {"ppo", "ppo_continuous"}
+BOTH_SPACES = {"reinforce", "a2c", "npg", "trpo"}
+ROLLOUTS = {"a2c", "npg", "trpo", *PPO}
+VARY: dict[str, tuple[str, list[set[str]]]] = {
+    "Args": ("every algorithm has its own hyperparameters", []),
+    "Agent": ("the policy's head depends on the action space", [BOTH_SPACES]),
+    "make_envs": ("each script says which action spaces it takes", [BOTH_SPACES - {"reinforce"}]),
+    "estimate_advantages": ("Monte Carlo returns in reinforce, GAE elsewhere", [ROLLOUTS]),
+    "policy_loss": ("the algorithm", [PPO]),
+    "value_loss": ("PPO may clip it", [BOTH_SPACES, PPO]),
+    "total_loss": ("the algorithm", [PPO]),
+    "main": ("the algorithm", [PPO]),
+    "Setup": ("flags, optimisers and what a checkpoint has besides", [PPO]),
+    "1. Collect": ("whole episodes in reinforce, T steps elsewhere", [ROLLOUTS]),
+    "2. Advantages": ("PPO keeps the log-probabilities that acted", [PPO]),
+    "3. Update": ("the algorithm", [PPO]),
+    "4. Log": ("what an update has to tell", [PPO]),
 }
 
 
@@ -74,10 +88,13 @@ def disagreements(texts: dict[str, str]) -> list[str]:
         for name in blocks(text):
             holders.setdefault(name, []).append(script)
     for name, scripts in holders.items():
-        versions = {block_text(texts[script], name) for script in scripts}
-        if len(versions) > 1 and name not in VARY:
-            problems.append(f"{name} differs between {', '.join(scripts)}")
-        if len(versions) == 1 and len(scripts) > 1 and name in VARY:
+        versions = {script: block_text(texts[script], name) for script in scripts}
+        groups = VARY[name][1] if name in VARY else [set(scripts)]
+        for group in groups:
+            members = [script for script in scripts if script in group]
+            if len({versions[script] for script in members}) > 1:
+                problems.append(f"{name} differs between {', '.join(members)}")
+        if len(set(versions.values())) == 1 and len(scripts) > 1 and name in VARY:
             problems.append(f"{name} may vary but is the same in {', '.join(scripts)}")
     family = [script for script in texts if script != "grpo_rloo"]
     if len({plumbing(texts[script]) for script in family}) > 1:
@@ -108,8 +125,14 @@ def changed_lines(parent: str, child: str) -> int:
 
 
 def neighbours() -> list[tuple[str, str]]:
-    present = [name for name in LADDER if name in SCRIPTS]
-    return list(itertools.pairwise(present))
+    """Each script with its parent, or with the parent's parent while that one is not there."""
+    pairs = []
+    for child in [name for name in LADDER if name in SCRIPTS]:
+        parent = PARENT.get(child)
+        while parent and parent not in SCRIPTS:
+            parent = PARENT.get(parent)
+        pairs += [(parent, child)] if parent else []
+    return pairs
 
 
 def fix(name: str, owner: str) -> None:

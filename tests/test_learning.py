@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_scripts import run, start, toy
+from tests.processes import run, start
+from tests.test_scripts import toy
 
 CONSTANT = {
+    "reinforce": "--bootstrap-truncated --learning-rate 1e-4 --total-timesteps 40000",
+    "a2c": "--optimizer adam --learning-rate 1e-3 --num-steps 32 --total-timesteps 60000",
     "ppo": "--no-clip-vloss --learning-rate 1e-3 --total-timesteps 40000",
     "ppo_continuous": "--no-clip-vloss --no-norm-reward --learning-rate 1e-3 --num-steps 128 "
     "--total-timesteps 40000",
@@ -62,6 +65,21 @@ def test_ppo_solves_cartpole_with_every_seed(tmp_path):
 def test_ppo_learns_acrobot(tmp_path):
     returns = train(tmp_path, "ppo", "--env-id Acrobot-v1", (1, 2, 3))
     assert np.mean(returns) >= -90, returns
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script,least", [("reinforce", 475), ("a2c", 490)])
+def test_the_lower_rungs_learn_cartpole(script, least, tmp_path):
+    returns = train(tmp_path, script, "", (1, 2, 3))
+    assert np.mean(returns) >= least, returns
+
+
+@pytest.mark.parametrize("script,steps", [("reinforce", 60_000), ("a2c", 120_000)])
+def test_the_lower_rungs_learn_cartpole_in_the_short_suite(script, steps, tmp_path):
+    """Well below what they reach in the end; a policy that learns nothing returns 10 to 25."""
+    run(script, "--total-timesteps", steps, "--run-dir", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_return_mean"] > 300
 
 
 def test_ppo_learns_cartpole_in_the_short_suite(tmp_path):
