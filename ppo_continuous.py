@@ -486,16 +486,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check_args(args: Args) -> torch.device:
     """Refuse what is out of range, in every script what it has; seed the initial weights."""
     counts = "total_timesteps num_envs num_steps num_episodes num_minibatches update_epochs"
-    counts += " value_epochs hidden_size"
+    counts += " value_epochs cg_iters backtrack_iters hidden_size"
     reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
-    reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate"
+    reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate max_kl"
     # A script lacks some of these flags, and one that is None is switched off.
     for words, holds, names in (
         ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
-        ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef"),
+        ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():

@@ -307,17 +307,21 @@ def policy_step(gradient: Tensor, rate: float, decay: float, args: Args) -> Tens
     return rate * gradient
 
 
-def fit_critic(agent: Agent, optimizer, obs: Tensor, returns: Tensor, args: Args) -> float:
-    """Regress V on the returns, [B] each, by minibatches of Adam; the mean loss."""
-    losses = []
+def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
+    return value_loss(agent.value(obs), returns)
+
+
+def fit_critic(loss_function, agent: Agent, optimizer, obs, returns, args: Args) -> float:
+    """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss."""
+    total, updates = torch.zeros((), device=obs.device), 0
     for _ in range(args.value_epochs):
         for index in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
-            loss = value_loss(agent.value(obs[index]), returns[index])
-            optimizer.zero_grad(set_to_none=False)
+            loss = loss_function(agent, obs[index], returns[index])
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
-    return torch.stack(losses).mean().item()
+            optimizer.zero_grad(set_to_none=False)
+            total, updates = total + loss.detach(), updates + 1
+    return total.item() / updates
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -346,7 +350,8 @@ def main(args: Args) -> None:
     run = Run(args, agent, optimizer, args.total_timesteps)
     if run.extra:
         critic_optimizer.load_state_dict(run.extra["critic"])
-    loss_function = torch.compile(total_loss) if args.compile else total_loss
+    wrap = torch.compile if args.compile else lambda function: function
+    loss_function, value_function = wrap(total_loss), wrap(critic_loss)
     act = torch.compile(agent.act) if args.compile and device.type == "cuda" else agent.act
     current_obs, iteration = np.zeros(0), run.iteration
     while run.step < args.total_timesteps:
@@ -412,7 +417,8 @@ def main(args: Args) -> None:
         grad.zero_()
         v_loss = 0.0
         if args.baseline == "value":  # only now, as a baseline that knew these returns is biased
-            v_loss = fit_critic(agent, critic_optimizer, batch[0], batch[3], args)
+            fit = (value_function, agent, critic_optimizer)
+            v_loss = fit_critic(*fit, batch[0], batch[3], args)
         if args.norm_obs:  # only now, so that the whole iteration saw one normalisation
             agent.obs_stats.update(batch[0])
 
@@ -507,16 +513,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check_args(args: Args) -> torch.device:
     """Refuse what is out of range, in every script what it has; seed the initial weights."""
     counts = "total_timesteps num_envs num_steps num_episodes num_minibatches update_epochs"
-    counts += " value_epochs hidden_size"
+    counts += " value_epochs cg_iters backtrack_iters hidden_size"
     reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
-    reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate"
+    reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate max_kl"
     # A script lacks some of these flags, and one that is None is switched off.
     for words, holds, names in (
         ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
-        ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef"),
+        ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():

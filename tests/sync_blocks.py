@@ -34,7 +34,7 @@ VARY: dict[str, tuple[str, list[set[str]]]] = {
     "Agent": ("the policy's head depends on the action space", [BOTH_SPACES]),
     "make_envs": ("each script says which action spaces it takes", [BOTH_SPACES - {"reinforce"}]),
     "estimate_advantages": ("Monte Carlo returns in reinforce, GAE elsewhere", [ROLLOUTS]),
-    "policy_loss": ("the algorithm", [PPO]),
+    "policy_loss": ("the algorithm", [PPO, {"npg", "trpo"}]),
     "value_loss": ("PPO may clip it", [BOTH_SPACES, PPO]),
     "total_loss": ("the algorithm", [PPO]),
     "main": ("the algorithm", [PPO]),

@@ -13,10 +13,12 @@ import torch
 from torch.distributions import Categorical
 
 import a2c
+import npg
 import ppo
 import reinforce
+import trpo
 
-BOTH_SPACES: list[Any] = [reinforce, a2c]
+BOTH_SPACES: list[Any] = [reinforce, a2c, npg, trpo]
 
 
 # --- REINFORCE on a task whose every episode can be listed ----------------------------------------

@@ -12,6 +12,8 @@ from tests.test_scripts import toy
 
 CONSTANT = {
     "reinforce": "--bootstrap-truncated --learning-rate 1e-4 --total-timesteps 40000",
+    "npg": "--num-steps 32 --total-timesteps 30000",
+    "trpo": "--num-steps 32 --total-timesteps 30000",
     "a2c": "--optimizer adam --learning-rate 1e-3 --num-steps 32 --total-timesteps 60000",
     "ppo": "--no-clip-vloss --learning-rate 1e-3 --total-timesteps 40000",
     "ppo_continuous": "--no-clip-vloss --no-norm-reward --learning-rate 1e-3 --num-steps 128 "
@@ -74,7 +76,10 @@ def test_the_lower_rungs_learn_cartpole(script, least, tmp_path):
     assert np.mean(returns) >= least, returns
 
 
-@pytest.mark.parametrize("script,steps", [("reinforce", 60_000), ("a2c", 120_000)])
+SHORT = [("reinforce", 60_000), ("a2c", 120_000), ("trpo", 60_000)]
+
+
+@pytest.mark.parametrize("script,steps", SHORT)
 def test_the_lower_rungs_learn_cartpole_in_the_short_suite(script, steps, tmp_path):
     """Well below what they reach in the end; a policy that learns nothing returns 10 to 25."""
     run(script, "--total-timesteps", steps, "--run-dir", tmp_path / "run")

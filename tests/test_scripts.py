@@ -21,6 +21,8 @@ PENDULUM = "--env-id InvertedPendulum-v5 --num-envs 4 --num-minibatches 4 --upda
 TASK = {
     "reinforce": "--num-envs 4",
     "a2c": "--num-envs 4",
+    "npg": "",
+    "trpo": "",
     "ppo": "",
     "ppo_continuous": PENDULUM,
 }
@@ -172,6 +174,8 @@ def saved(run_dir, what="step"):
 RESUMED = {
     "reinforce": "--norm-obs --norm-reward --bootstrap-truncated --total-timesteps 20000",
     "a2c": "--norm-obs --norm-reward --optimizer rmsprop --total-timesteps 20000",
+    "npg": "--norm-obs --norm-reward --total-timesteps 20000",
+    "trpo": "--norm-obs --norm-reward --total-timesteps 20000",
     "ppo": "--norm-obs --norm-reward --kl-coef 1 --adaptive-kl 0.01 --total-timesteps 20000",
     "ppo_continuous": "--squash --ent-coef 0.01 --total-timesteps 20000",
 }
@@ -313,6 +317,18 @@ FLAGS = {
         "--bootstrap-truncated --ent-coef 0.01 --norm-obs --norm-reward",
         "--num-envs 1 --num-episodes 2 --env-id Acrobot-v1 --gamma 1",
         REAL + '{"box":[[-0.1,3],[0,Infinity]]}',
+        "--env-id InvertedPendulum-v5 --norm-obs --norm-reward",
+    ),
+    "npg": (
+        "--step-rule fixed --learning-rate 0.01",
+        "--fisher explicit --hidden-size 8",
+        "--fisher diagonal --fisher-fraction 0.25",
+        "--cg-iters 1 --cg-damping 0 --no-anneal-lr --norm-adv none",
+        REAL + '{"box":[[-0.1,3],[0,Infinity]]} --norm-obs --norm-reward',
+    ),
+    "trpo": (
+        "--backtrack-iters 1 --max-kl 1",
+        "--env-id Acrobot-v1",
         "--env-id InvertedPendulum-v5 --norm-obs --norm-reward",
     ),
     "a2c": (
@@ -574,6 +590,15 @@ BAD_FLAGS_OF = {
         ("--value-epochs 0", "above 0"),
         ("--value-learning-rate nan", "above 0"),
     ],
+    "npg": [
+        *BAD_FLAGS_BOTH,
+        ("--fisher explicit", "at most 1000 parameters"),
+        ("--fisher-fraction 0", "(0, 1]"),
+        ("--max-kl 0", "above 0"),
+        ("--cg-damping -1", "at least 0"),
+        ("--cg-iters 0", "above 0"),
+    ],
+    "trpo": [("--backtrack-coef 1", "(0, 1)"), ("--backtrack-iters 0", "above 0")],
     "a2c": [
         *BAD_FLAGS_BOTH,
         ("--rmsprop-alpha 1.5", "[0, 1]"),

@@ -1,0 +1,833 @@
+"""The natural policy gradient (NPG), by conjugate gradient.
+
+Kakade 2001, NIPS 14; truncated as TNPG in Duan et al. 2016, arXiv:1604.06778; the length of the
+step as in Schulman et al. 2015, arXiv:1502.05477, appendix C.
+
+Act for T steps in N environments, estimate advantages A_t, and ask which small change of the
+policy, not of its parameters, gains most:
+
+    L(theta) = mean[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ],    g = grad L at theta_old
+    F        = E[ grad log pi grad log pi^T ] = Hessian of mean KL(pi_old, pi) at theta_old
+    max g.s with 1/2 s^T F s <= delta:    s = sqrt(2 delta / u^T F u) u,    u = F^-1 g
+
+How far to step: so far that the policy changes by delta (--max-kl), whatever the parameters mean.
+That is the quadratic model's word for it; nobody checks: trpo.py does. F has damping I added
+throughout, so that the model's KL is at most delta. --step-rule fixed steps by alpha u.
+
+F is never formed. The policy's outputs z (logits; or means and log stds) have a Jacobian J in theta
+and a Fisher information M of their own, so F v = mean[ J^T M J v ]: two passes through the network,
+measured at 0.5 to 0.9 of the time of differentiating the KL twice, for the same F. --fisher
+explicit forms F and solves; diagonal keeps its diagonal, the mean of the squared scores.
+
+Changes from a2c.py: the step; a critic with its own optimizer, fitted by several epochs afterwards;
+no entropy bonus. Deviations: damping, normalised advantages, GAE.
+
+Curves: kl is what the step did, quadratic_kl what the model said. kl far above: the model does not
+reach that far; lower max_kl or raise cg_damping. cg_residual |F u - g| / |g| near 1: u is little
+better than g; more cg_iters. update_skipped: curvature or gradient were not usable.
+
+Run: python npg.py                       All flags: python npg.py --help
+"""
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6",
+#   "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+
+import importlib.util
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # --- run ---
+    exp_name: str = "npg"
+    """name of the experiment, part of the run directory's name"""
+    seed: int = 1
+    """seed of everything random, at least 0"""
+    run_dir: str | None = None
+    """where the files go; by default runs/{env_id}__{exp_name}__{seed}__{time}"""
+    resume: str | None = None
+    """checkpoint of an interrupted run to continue, on CPU bit for bit"""
+    evaluate: str | None = None
+    """checkpoint to play, without exploration, instead of training"""
+    eval_episodes: int = 10
+    """episodes of an evaluation (--evaluate, and after training)"""
+    capture_video: bool = False
+    """record the evaluation in run_dir/videos (needs moviepy)"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints, each of which cuts the open episodes; by default 10 % of all"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto takes CUDA where there is one"""
+    num_threads: int = 1
+    """CPU threads of torch; bits are promised to repeat with 1 alone"""
+    compile: bool = False
+    """torch.compile the loss (on CUDA the policy too): a slow start, then faster"""
+    # --- environment ---
+    env_id: str = "CartPole-v1"
+    """Gymnasium id; your own is module:Name-v0"""
+    env_kwargs: str = "{}"
+    """JSON object of keyword arguments for the environment"""
+    num_envs: int = 4
+    """N, environments stepped side by side"""
+    norm_obs: bool = False
+    """standardise observations by their running mean and std, clip at +-10"""
+    norm_reward: bool = False
+    """divide rewards by the running std of the discounted return, clip at +-10"""
+    # --- algorithm ---
+    total_timesteps: int = 100_000
+    """environment steps of the run, rounded down to whole iterations of N T"""
+    learning_rate: float = 0.1
+    """alpha of --step-rule fixed"""
+    anneal_lr: bool = True
+    """lower alpha and the critic's step size linearly to 0"""
+    num_steps: int = 256
+    """T, steps of each environment in an iteration"""
+    gamma: float = 0.99
+    """discount factor in [0, 1]"""
+    gae_lambda: float = 0.95
+    """lambda in [0, 1]: 0 trusts the critic, 1 the sampled rewards"""
+    norm_adv: Literal["batch", "none"] = "batch"
+    """whether advantages are brought to mean 0 and std 1"""
+    step_rule: Literal["kl", "fixed"] = "kl"
+    """as far as max_kl allows, or alpha u"""
+    max_kl: float = 0.01
+    """delta, what a step may change the policy by, in nats"""
+    fisher: Literal["cg", "explicit", "diagonal"] = "cg"
+    """how F is inverted: by products with vectors, formed (small networks only), or its diagonal"""
+    fisher_fraction: float = 1.0
+    """part of the batch that F is estimated on, in (0, 1]"""
+    cg_iters: int = 10
+    """most iterations of conjugate gradient"""
+    cg_damping: float = 0.1
+    """added to F's diagonal"""
+    cg_residual_tol: float = 1e-6
+    """conjugate gradient ends once |F u - g| / |g| is at most this"""
+    value_learning_rate: float = 1e-3
+    """Adam's step size for the critic"""
+    value_epochs: int = 10
+    """passes over the batch to fit the critic, after the policy's step"""
+    num_minibatches: int = 8
+    """minibatches of such a pass"""
+    hidden_size: int = 64
+    """width of the two hidden layers of each network"""
+    log_std_init: float = -0.5
+    """log of the initial std of real-valued actions"""
+
+
+# --- Environment ----------------------------------------------------------------------------------
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """N environments, for Box of actions that it clips to the bounds; the step that ends an episode
+    returns the next one's first observation."""
+    envs = build_envs(args)
+    space = envs.single_action_space
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return envs
+    if not isinstance(space, gym.spaces.Box) or space.low.ndim != 1 or space.dtype.char not in "fd":
+        supported = "Discrete(n) that starts at 0 and float Box(n,)"
+        refuse(f"{args.env_id} acts in {space}; supported: {supported}")
+    return gym.wrappers.vector.TransformAction(envs, lambda u: u.clip(space.low, space.high))
+
+
+# --- Networks -------------------------------------------------------------------------------------
+def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequential:
+    first, second = layer_init(nn.Linear(inputs, hidden)), layer_init(nn.Linear(hidden, hidden))
+    head = layer_init(nn.Linear(hidden, outputs), output_std)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
+
+
+class Agent(nn.Module):
+    """Actor, critic, and the normalisation statistics that belong to them."""
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        super().__init__()
+        obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
+        self.norm_obs, discrete = args.norm_obs, isinstance(space, gym.spaces.Discrete)
+        self.num_outputs = int(space.n) if discrete else space.shape[0]
+        # Logits, or the mean of a Gaussian whose std does not depend on the state. The head's small
+        # std starts the policy near uniform, or its mean near 0.
+        self.actor = mlp(obs_dim, args.hidden_size, self.num_outputs, output_std=0.01)
+        log_std = torch.full((self.num_outputs,), float(args.log_std_init))
+        self.log_std = None if discrete else nn.Parameter(log_std)
+        self.critic = mlp(obs_dim, args.hidden_size, 1, output_std=1.0)
+        self.obs_stats = RunningStats(obs_dim)
+        self.return_stats = RunningStats()
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        if not self.norm_obs:
+            return obs
+        return ((obs - self.obs_stats.mean) / self.obs_stats.std()).clamp(-10, 10).float()
+
+    def policy(self, obs: Tensor) -> Categorical | Independent:
+        outputs = self.actor(self.normalize(obs))
+        if self.log_std is None:
+            return Categorical(logits=outputs, validate_args=False)
+        gaussian = Normal(outputs, self.log_std.exp(), validate_args=False)
+        return Independent(gaussian, 1, validate_args=False)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+    def draw_noise(self, *batch_shape: int) -> Tensor:
+        """Noise [*batch_shape, outputs] for act: Gumbel for logits, Gaussian for means."""
+        noise = torch.empty(*batch_shape, self.num_outputs, device=self.obs_stats.mean.device)
+        return -noise.exponential_().log() if self.log_std is None else noise.normal_()
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """A sample, with noise 0 the mode; argmax(logits + Gumbel noise) is one of the softmax."""
+        outputs = self.actor(self.normalize(obs))
+        if self.log_std is None:
+            return (outputs + noise).argmax(-1)
+        return outputs + self.log_std.exp() * noise
+
+
+# --- The algorithm --------------------------------------------------------------------------------
+def compute_gae(rewards, values, next_values, terminated, dones, gamma, gae_lambda):
+    """Generalised advantage estimates (arXiv:1506.02438, Eq. 16), NumPy [T, N] each;
+    next_values[t] is the value of what action t led to, before any reset: a termination zeroes it,
+    a truncation does not. dones = terminated | truncated: either ends the sum."""
+    deltas = rewards + gamma * np.where(terminated, 0.0, next_values) - values
+    decay = gamma * gae_lambda * ~dones
+    advantages, advantage = np.empty_like(deltas), np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decay[t] * advantage
+    return advantages
+
+
+def normalize_advantages(advantages: Tensor) -> Tensor:
+    """The same with mean 0 and std 1; a single advantage has no std and stays as it is."""
+    if advantages.numel() == 1:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def estimate_advantages(agent: Agent, obs, next_obs, rewards, terminated, dones, args: Args):
+    """Advantages, the critic's targets and its values, tensors [T, N], by the critic as it is."""
+    with torch.no_grad():
+        values, next_values = (agent.value(x).cpu().numpy() for x in (obs, next_obs))
+    outcome = (rewards, values, next_values, terminated, dones)
+    advantages = compute_gae(*outcome, args.gamma, args.gae_lambda)
+    estimates = (advantages, advantages + values, values)
+    advantages, returns, values = (torch.from_numpy(x).float().to(obs.device) for x in estimates)
+    if args.norm_adv == "batch":
+        advantages = normalize_advantages(advantages)
+    return advantages, returns, values
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Minus L, tensors [B] -> scalar."""
+    return -((logprobs - old_logprobs).exp() * advantages).mean()
+
+
+def evaluate(agent: Agent, old_policy, obs: Tensor, actions: Tensor, advantages: Tensor):
+    """policy_loss and mean KL(pi_old, pi) of the policy as it is."""
+    policy = agent.policy(obs)
+    loss = policy_loss(policy.log_prob(actions), old_policy.log_prob(actions), advantages)
+    return loss, kl_divergence(old_policy, policy).mean()
+
+
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """Half the mean squared error, tensors [B] -> scalar."""
+    return 0.5 * ((values - returns) ** 2).mean()
+
+
+def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
+    return value_loss(agent.value(obs), returns)
+
+
+def fit_critic(loss_function, agent: Agent, optimizer, obs, returns, args: Args) -> float:
+    """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss."""
+    total, updates = torch.zeros((), device=obs.device), 0
+    for _ in range(args.value_epochs):
+        for index in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
+            loss = loss_function(agent, obs[index], returns[index])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            total, updates = total + loss.detach(), updates + 1
+    return total.item() / updates
+
+
+def flat_gradient(outputs, params, weights=None, create_graph=False) -> Tensor:
+    """J^T weights [P], J the outputs' Jacobian in the parameters; the graph is kept."""
+    options = {"create_graph": create_graph, "retain_graph": True}
+    grads = torch.autograd.grad(outputs, params, weights, **options)
+    return torch.cat([x.flatten() for x in grads])
+
+
+def information(outputs: Tensor, discrete: bool, vectors: Tensor) -> Tensor:
+    """M v: a policy's Fisher information in its own outputs, tensors [B, K]. Of logits it is
+    diag(p) - p p^T; of means and log stds it is diagonal, 1 / std^2 and 2."""
+    if discrete:
+        p = outputs.softmax(-1)
+        return p * (vectors - (p * vectors).sum(-1, keepdim=True))
+    log_std = outputs.chunk(2, -1)[1]
+    of_mean, of_log_std = vectors.chunk(2, -1)
+    return torch.cat([of_mean * (-2 * log_std).exp(), 2 * of_log_std], -1)
+
+
+def fisher_products(agent: Agent, params: list[nn.Parameter], obs: Tensor):
+    """The function v -> F v, tensors [P], F the mean over obs; one graph serves all v."""
+    outputs = agent.actor(agent.normalize(obs))
+    # M's blocks for means and log stds are apart, so that these may stand side by side.
+    if agent.log_std is not None:
+        outputs = torch.cat([outputs, agent.log_std.expand_as(outputs)], -1)
+    # J^T w is linear in w: its derivative in w, along v, is J v, whatever w is.
+    w = torch.zeros_like(outputs, requires_grad=True)
+    pulled = flat_gradient(outputs, params, w, create_graph=True)
+
+    def fisher_vector_product(vector: Tensor) -> Tensor:
+        (pushed,) = torch.autograd.grad(pulled, w, vector, retain_graph=True)
+        weights = information(outputs.detach(), agent.log_std is None, pushed) / len(obs)
+        return flat_gradient(outputs, params, weights)
+
+    return fisher_vector_product
+
+
+def fisher_diagonal(agent: Agent, params: list[nn.Parameter], obs: Tensor, actions: Tensor):
+    """Mean of (d log pi(a|s) / d theta_i)^2 over samples, [P]; the mean score squared is not it."""
+    samples = zip(obs.split(1), actions.split(1))
+    scores = (flat_gradient(agent.policy(s).log_prob(a), params) for s, a in samples)
+    return sum(score**2 for score in scores) / len(obs)
+
+
+def conjugate_gradient(matvec, b: Tensor, iters: int, residual_tol: float) -> Tensor:
+    """x with A x = b, A symmetric and positive definite and given as matvec, tensors [P]. Ends
+    after iters, with |A x - b| <= residual_tol |b|, or where A curves down."""
+    x, residual, direction, squared = torch.zeros_like(b), b, b, b @ b
+    for _ in range(iters):
+        product = matvec(direction)
+        curvature = direction @ product
+        if squared <= residual_tol**2 * (b @ b) or not curvature > 0:
+            break
+        x = x + squared / curvature * direction
+        residual = residual - squared / curvature * product
+        squared, previous = residual @ residual, squared
+        direction = residual + squared / previous * direction
+    return x
+
+
+def natural_direction(agent: Agent, params, gradient: Tensor, obs, actions, args: Args):
+    """u and F u [P], F as --fisher says and damped; 0 if gradient or curvature are of no use."""
+    # Every so many samples, so that all of the rollout's steps and environments are there.
+    stride = round(1 / args.fisher_fraction)
+    obs, actions = obs[::stride], actions[::stride]
+    if args.fisher == "diagonal":
+        diagonal = fisher_diagonal(agent, params, obs, actions) + args.cg_damping
+        damped = lambda v: diagonal * v
+        u = gradient / diagonal
+    else:
+        product = fisher_products(agent, params, obs)
+        damped = lambda v: product(v) + args.cg_damping * v
+        if args.fisher == "explicit":
+            identity = torch.eye(len(gradient), device=obs.device)
+            u = torch.linalg.solve(torch.stack([damped(x) for x in identity]), gradient)
+        else:
+            u = conjugate_gradient(damped, gradient, args.cg_iters, args.cg_residual_tol)
+    fisher_u = damped(u)
+    usable = 0 < u @ fisher_u < math.inf  # not if it is NaN
+    return (u, fisher_u) if usable else (torch.zeros_like(u), torch.zeros_like(u))
+
+
+# --- Training -------------------------------------------------------------------------------------
+def main(args: Args) -> None:
+    # --- Setup ---
+    device = check_args(args)
+    T, N = args.num_steps, args.num_envs
+    B = T * N  # steps, environments, samples
+    num_iterations = args.total_timesteps // B
+    to_tensor = lambda x: torch.from_numpy(x).to(device)
+    envs = make_envs(args)
+    agent = Agent(envs, args).to(device)
+    params = [p for name, p in agent.named_parameters() if not name.startswith("critic")]
+    theta, grad = flatten_parameters(nn.ParameterList(params))
+    phi, _ = flatten_parameters(agent.critic)
+    optimizer = torch.optim.Adam([phi], lr=args.value_learning_rate, eps=1e-5, fused=True)
+    if args.fisher == "explicit" and len(theta) > 1000:
+        refuse(f"--fisher explicit is for at most 1000 parameters, not {len(theta)}: --hidden-size")
+    if args.evaluate:
+        load_checkpoint(args.evaluate, agent)
+        play(args, agent)
+        return
+    run = Run(args, agent, optimizer, num_iterations * B)
+    value_function = torch.compile(critic_loss) if args.compile else critic_loss
+    act = torch.compile(agent.act) if args.compile and device.type == "cuda" else agent.act
+    obs = np.zeros((T, N, *envs.single_observation_space.shape), np.float32)
+    next_obs = np.zeros_like(obs)  # what action t led to, before any reset
+    actions = np.zeros((T, N, *envs.single_action_space.shape), envs.single_action_space.dtype)
+    rewards, terminated, truncated = (np.zeros((T, N), x) for x in (float, bool, bool))
+    current_obs, running_return = obs[0], np.zeros(N)
+    for iteration in range(run.iteration, num_iterations):
+        if run.step >= run.next_checkpoint:
+            run.save(iteration)
+            # An environment cannot be saved, so every run, resumed or not, starts new ones here.
+            env_seeds = seed_everything(args.seed, iteration, N)
+            envs.close()
+            envs = make_envs(args)
+            (current_obs, _), running_return = envs.reset(seed=env_seeds), np.zeros(N)
+        remaining = 1 - iteration / num_iterations
+        decay = remaining if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = args.value_learning_rate * decay
+
+        # --- 1. Collect ---
+        noise = agent.draw_noise(T, N)
+        for t in range(T):
+            obs[t] = current_obs
+            with torch.inference_mode():
+                actions[t] = act(torch.from_numpy(obs[t]).to(device), noise[t]).cpu().numpy()
+            current_obs, rewards[t], terminated[t], truncated[t], infos = envs.step(actions[t])
+            next_obs[t] = current_obs
+            if "final_obs" in infos:
+                ended = infos["_final_obs"]
+                next_obs[t, ended] = np.stack(infos["final_obs"][ended])
+        dones = terminated | truncated
+        run.count(obs, next_obs, rewards, dones)
+
+        # --- 2. Advantages ---
+        t_obs, t_next_obs, t_actions = (to_tensor(x) for x in (obs, next_obs, actions))
+        scaled_rewards = rewards
+        if args.norm_reward:
+            sums, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
+            agent.return_stats.update(to_tensor(sums).flatten())
+            scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
+        outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
+        advantages, returns, old_values = estimate_advantages(agent, *outcome, args)
+
+        # --- 3. Update ---
+        batch = [x.flatten(0, 1) for x in (t_obs, t_actions, advantages)]  # each [B, ...]
+        with torch.no_grad():
+            old_policy = agent.policy(batch[0])
+        loss, _ = evaluate(agent, old_policy, *batch)
+        loss.backward()
+        gradient = -grad.clone()
+        grad.zero_()
+        # The step whose KL is delta by the quadratic model, with the damped F that gave u.
+        u, fisher_u = natural_direction(agent, params, gradient, *batch[:2], args)
+        curvature = (u @ fisher_u).item()
+        scale = args.learning_rate * decay
+        if args.step_rule == "kl":
+            scale = math.sqrt(2 * args.max_kl / curvature) if curvature else 0.0
+        if curvature:
+            theta.data += scale * u
+        with torch.no_grad():
+            new_loss, kl = evaluate(agent, old_policy, *batch)
+        v_loss = fit_critic(value_function, agent, optimizer, batch[0], returns.flatten(), args)
+        if args.norm_obs:  # only now, so that the whole iteration saw one normalisation
+            agent.obs_stats.update(batch[0])
+
+        # --- 4. Log ---
+        losses = {
+            "policy_loss": loss.item(), "value_loss": v_loss,
+            "entropy": old_policy.entropy().mean().item(),
+            "kl": kl.item(), "quadratic_kl": 0.5 * scale**2 * curvature,
+            "improvement": (loss - new_loss).item(),
+            "expected_improvement": scale * (gradient @ u).item(),
+            "grad_norm": gradient.norm().item(), "step_norm": scale * u.norm().item(),
+            "cg_residual": ((fisher_u - gradient).norm() / gradient.norm().clamp(1e-30)).item(),
+            "update_skipped": float(not curvature),
+        }
+        unexplained = (returns - old_values).var() / returns.var().clamp(min=1e-8)
+        losses["explained_variance"] = 1 - unexplained.item()
+        run.log(losses, args.learning_rate * decay)
+    run.finish(num_iterations)
+
+
+# === Plumbing: the same in every script; skip it on a first reading ===============================
+class RunningStats(nn.Module):
+    """Mean and variance of all that was seen, in float64 buffers, which a saved agent keeps."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Merge a sample x [n, *shape]: variance within the two, plus that between their means."""
+        self.count += len(x)
+        weight, delta = len(x) / self.count, x.double().mean(0) - self.mean
+        within = torch.lerp(self.var, x.double().var(0, correction=0), weight)
+        self.var.copy_(within + weight * (1 - weight) * delta**2)
+        self.mean += weight * delta
+
+    def std(self) -> Tensor:
+        """[*shape]; what never varies is not divided by 0."""
+        return (self.var + 1e-8).sqrt()
+
+
+def discounted_returns(rewards, dones, running, gamma):
+    """Discounted sums of rewards since the episode's start, [T, N], whose std scales the rewards,
+    and where they stand at the end, [N]; running [N] is where the last rollout left them."""
+    returns = np.empty_like(rewards)
+    for t in range(len(rewards)):
+        returns[t] = rewards[t] + gamma * running
+        # The step that ends an episode still belongs to it; the next one starts from 0.
+        running = np.where(dones[t], 0.0, returns[t])
+    return returns, running
+
+
+def flatten_parameters(agent: nn.Module) -> tuple[nn.Parameter, Tensor]:
+    """Make all parameters views of one vector theta and their gradients views of another, so that
+    to clip, step and zero is one operation each. zero_grad(set_to_none=True) would undo it."""
+    params = list(agent.parameters())
+    theta = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    theta.grad = grad = torch.zeros_like(theta)
+    nn.utils.vector_to_parameters(theta, params)
+    for p, p_grad in zip(params, grad.split([p.numel() for p in params])):
+        p.grad = p_grad.view_as(p)
+    return theta, grad
+
+
+def refuse(message: str, status: int = 2) -> NoReturn:
+    """End with one line on stderr; status 2 for wrong input, 1 for a run that went wrong."""
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The flags; beside --resume and --evaluate the checkpoint's stand in for the defaults."""
+    sys.path.append(str(Path.cwd()))  # where --env-id module:Name-v0 may find its module
+    args = tyro.cli(Args, args=argv)
+    path = args.evaluate if args.resume is None else args.resume
+    if path is None:
+        return args
+    # Parsed once more with the saved values as defaults: what differs then was typed, even where it
+    # is this script's own default.
+    saved = load_checkpoint(path)["args"] | {"run_dir": str(Path(path).parent)}
+    saved["capture_video"] &= args.resume is not None
+    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    free = {"resume", "evaluate", "eval_episodes", "capture_video", "device"}
+    free |= {"seed", "num_threads"} if args.resume is None else {"total_timesteps"}
+    for name, value in vars(args).items():
+        if value != saved[name] and name not in free:
+            refuse(f"{name} {value} cannot go with {path}, whose run has {name} {saved[name]}")
+    if args.resume is not None and (args.evaluate or Path(path).name != "checkpoint.pt"):
+        refuse("--resume takes the checkpoint.pt of a run, and no --evaluate")
+    if args.resume is not None and args.total_timesteps < saved["total_timesteps"]:
+        refuse(f"--total-timesteps can only be raised, from {saved['total_timesteps']}")
+    if args.total_timesteps > saved["total_timesteps"]:
+        print("More steps: schedules now end later, so this is no longer the run that it was.")
+    return args
+
+
+def check_args(args: Args) -> torch.device:
+    """Refuse what is out of range, in every script what it has; seed the initial weights."""
+    counts = "total_timesteps num_envs num_steps num_episodes num_minibatches update_epochs"
+    counts += " value_epochs cg_iters backtrack_iters hidden_size"
+    reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
+    reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate max_kl"
+    # A script lacks some of these flags, and one that is None is switched off.
+    for words, holds, names in (
+        ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
+        ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
+        ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
+        (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
+        ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
+    ):
+        for name in names.split():
+            if (value := getattr(args, name, None)) is not None and not holds(value):
+                refuse(f"--{name.replace('_', '-')} must be {words}, not {value}")
+    if args.capture_video and not importlib.util.find_spec("moviepy"):
+        refuse("--capture-video needs moviepy: pip install moviepy")
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        refuse("--device cuda, but torch finds no CUDA device here: use --device cpu")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+
+
+class Environments(gym.vector.SyncVectorEnv):
+    """Keeps of the infos an episode's last observation alone, copied lest the reset change it."""
+
+    def _add_info(self, vector_infos: dict, env_info: dict, env_num: int) -> dict:
+        if "final_info" in env_info:
+            last = {"final_obs": np.array(env_info["final_obs"])}
+            vector_infos = super()._add_info(vector_infos, last, env_num)
+        return vector_infos
+
+
+def build_envs(args: Args) -> Environments:
+    """num_envs environments in this process, of any action space and of flat observations."""
+    if args.capture_video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"  # draws without a screen
+    # SAME_STEP: the step that ends an episode returns the first observation of the next one, and
+    # the last of its own, from which a truncation bootstraps, in infos["final_obs"].
+    try:
+        if importlib.util.find_spec("mujoco"):
+            # No MUJOCO_LOG.TXT where one works. len, as Ctrl-C in a Python function would abort.
+            importlib.import_module("mujoco").set_mju_user_warning(len)
+        kwargs, mode = {**json.loads(args.env_kwargs)}, gym.vector.AutoresetMode.SAME_STEP
+        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
+        make = lambda: gym.make(args.env_id, **kwargs)
+        envs = Environments([make] * args.num_envs, copy=False, autoreset_mode=mode)
+        if args.capture_video:
+            envs.reset()
+            envs.envs[0].render()
+    except Exception as error:
+        hint = " (MuJoCo draws by MUJOCO_GL=egl, osmesa or, on a screen, glfw)" * args.capture_video
+        refuse(f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {error}{hint}")
+    space = envs.single_observation_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        refuse(f"{args.env_id} observes {space}; supported are flat vectors, Box of shape (n,)")
+    if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ()):
+        refuse(f"--capture-video: {args.env_id} cannot render to rgb_array")
+    return envs
+
+
+def seed_everything(seed: int, iteration: int, num_seeds: int) -> Any:
+    """Seed from (seed, iteration) alone: no random state needs saving. Returns seeds to give on."""
+    # Environment i of seed s must not get s + i, as it would by default: runs of s + 1 had it too.
+    seeds = np.random.SeedSequence((seed, iteration)).generate_state(3 + num_seeds).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.manual_seed(seeds[2])
+    return seeds[3:]
+
+
+def load_checkpoint(path: str, *modules: Any) -> dict[str, Any]:
+    """Read a checkpoint of this script, if it is whole, and load its state into the modules."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            if file.testzip():
+                raise ValueError("a checksum is wrong")
+        # A pickle can run any code; weights_only lets nothing but plain data through.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, flags = checkpoint["script"], set(checkpoint["args"])
+    except Exception as error:
+        refuse(f"{path} is missing, damaged or no checkpoint: {error!s:.200}")
+    if script != Args.exp_name or flags != set(vars(Args())):  # the default name is the script's
+        refuse(f"{path} is of {script}.py, or of another version than this {Args.exp_name}.py")
+    try:
+        for module, state in zip(modules, checkpoint["state"]):
+            module.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        refuse(f"{path} holds other networks than those of this script and environment: {error}")
+    return checkpoint
+
+
+def play(args: Args, agent: Any) -> np.ndarray:
+    """Print and return the returns of eval_episodes episodes without exploration noise."""
+    one_env: dict[str, Any] = vars(args) | {"num_envs": 1}
+    envs = make_envs(Args(**one_env))
+    if args.capture_video:
+        wanted = lambda episode: episode < args.eval_episodes
+        record = gym.wrappers.RecordVideo(envs.unwrapped.envs[0], f"{args.run_dir}/videos", wanted)
+        envs.unwrapped.envs = [record]
+    obs, _ = envs.reset(seed=seed_everything(args.seed, 2**32, 1))
+    returns, device = np.zeros(args.eval_episodes), next(agent.parameters()).device
+    for i in range(args.eval_episodes):
+        for _ in range(100_000):  # an episode that never ends is cut here
+            with torch.inference_mode():
+                actions = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device), 0.0)
+            obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+            returns[i] += rewards[0]
+            if terminated[0] or truncated[0]:
+                break
+    envs.close()
+    mean, std = returns.mean(), returns.std()
+    print(f"Evaluated:  return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
+    return returns
+
+
+def write_whole(path: Path, write) -> None:
+    """Write a file whole or not at all: who reads it sees the old one or the new one."""
+    partial = path.with_suffix(".tmp")
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        # On the disk before the new name is: after a power cut a whole file stands under it.
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Run:
+    """The files of a run, its progress and its end; nothing of the algorithm."""
+
+    def __init__(self, args: Args, agent: Any, optimizer: Any, total_steps: int):
+        # step counts what is done, iteration is the next one, returns are of the last 100 episodes,
+        # seconds were spent by earlier processes, and extra is what the script wants kept.
+        self.args, self.modules, self.total_steps = args, (agent, optimizer), total_steps
+        self.step, self.iteration, self.extra, self.returns, seconds = 0, 0, {}, [], 0.0
+        self.pending, self.ended = [], []  # losses and episodes since the last point of the curves
+        stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}"
+        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+        self.checkpoint = self.dir / "checkpoint.pt"
+        if args.resume:
+            saved = load_checkpoint(args.resume, *self.modules)
+            self.step, self.iteration = saved["step"], saved["iteration"]
+            self.extra, self.returns, seconds = saved["extra"], saved["returns"], saved["seconds"]
+        elif total_steps < 1:
+            refuse(f"--total-timesteps {args.total_timesteps} is less than one iteration")
+        if total_steps != args.total_timesteps:
+            print(f"--total-timesteps {args.total_timesteps} is rounded down to {total_steps}")
+        try:
+            if self.checkpoint.exists() and not args.resume:
+                refuse(f"{self.dir} already holds a run; --resume {self.checkpoint} continues it")
+            self.dir.mkdir(parents=True, exist_ok=True)
+            # Curves that an interrupted run drew beyond its checkpoint are drawn again: drop them.
+            self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
+        except OSError as error:
+            refuse(f"cannot write to --run-dir {self.dir}: {error}")
+        args.run_dir = str(self.dir)
+        self.every = args.checkpoint_every or args.total_timesteps / 10
+        self.first_step = self.next_checkpoint = self.next_line = self.last_point = self.step
+        self.bar = tqdm(total=total_steps, initial=self.step, unit=" steps", disable=None)
+        self.start = time.perf_counter() - seconds
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupted)
+
+    def command(self, flag: str) -> str:
+        """How to call this script on the last checkpoint, ready to paste."""
+        return shlex.join(["python", os.path.relpath(__file__), flag, str(self.checkpoint)])
+
+    def interrupted(self, number: int, _frame: Any) -> NoReturn:
+        """Save nothing, as a checkpoint cuts episodes where the unbroken run has none."""
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_IGN)
+        self.bar.close()
+        saved = self.checkpoint.exists()
+        next_step = f"to go on: {self.command('--resume')}" if saved else "nothing was saved yet"
+        refuse(f"interrupted; {next_step}", 128 + number)
+
+    def save(self, iteration: int, **extra: Any) -> None:
+        """Write the state before an iteration, whole or not at all; extra is the script's own."""
+        self.write_point()
+        self.writer.flush()
+        state = {
+            "script": Args.exp_name,
+            "args": vars(self.args) | {"resume": None},
+            "state": [module.state_dict() for module in self.modules],
+            "step": self.step, "iteration": iteration,
+            "returns": self.returns,
+            "seconds": time.perf_counter() - self.start,
+            "extra": extra,
+        }
+        write_whole(self.checkpoint, lambda file: torch.save(state, file))
+        self.next_checkpoint = (self.step // self.every + 1) * self.every
+        self.open_episodes = np.zeros((2, self.args.num_envs))  # return and length so far
+
+    def count(self, obs, next_obs, rewards, dones, played: Any = True) -> None:
+        """Count the steps of a rollout [T, N] and the episodes that ended; stop at NaN and inf.
+
+        played [T, N] marks the steps that there were, where environments wait for one another.
+        """
+        played = np.broadcast_to(played, rewards.shape)
+        finite = np.isfinite(rewards) & np.isfinite(obs).all(-1) & np.isfinite(next_obs).all(-1)
+        if not finite.all():
+            step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
+            refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
+        ended = []
+        for t in range(len(rewards)):
+            self.open_episodes[0] += rewards[t]
+            self.open_episodes[1] += played[t]
+            if dones[t].any():
+                ended += self.open_episodes[:, dones[t]].T.tolist()
+                self.open_episodes[:, dones[t]] = 0
+        self.ended += ended
+        self.returns = (self.returns + [episode[0] for episode in ended])[-100:]
+        self.step += int(played.sum())
+
+    def log(self, losses: dict[str, float], learning_rate: float) -> None:
+        """Keep an iteration's losses; every 250 steps write a point and show the progress.
+
+        A point costs as much as a small update, and an iteration may be of 40 steps.
+        """
+        if math.isnan(losses["explained_variance"]):  # one sample has no variance
+            del losses["explained_variance"]  # (were the values NaN, value_loss would say so)
+        scalars = {f"losses/{name}": value for name, value in losses.items()}
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                refuse(f"{name} is {value} at step {self.step}; kept: {self.checkpoint}", 1)
+        self.pending.append(scalars | {"charts/learning_rate": learning_rate})
+        if self.step - self.last_point >= 250:
+            self.write_point()
+
+    def write_point(self) -> None:
+        """Write means over what is pending to TensorBoard, and the progress to the terminal."""
+        if not self.pending:
+            return
+        seconds = time.perf_counter() - self.start
+        scalars = {name: np.mean([x[name] for x in self.pending]) for name in self.pending[0]}
+        scalars |= {"charts/SPS": self.step / seconds}
+        if self.ended:
+            means = np.mean(self.ended, axis=0)
+            scalars |= {"charts/episodic_return": means[0], "charts/episodic_length": means[1]}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
+        self.pending, self.ended, self.last_point = [], [], self.step
+        mean = np.mean(self.returns) if self.returns else math.nan
+        status = f"return {mean:.1f}, {self.step / seconds:.0f} steps/s"
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(self.step - self.bar.n)
+        # On a terminal the bar says it all; elsewhere it is silent, and a line per 5 % does.
+        if self.bar.disable and self.step >= self.next_line:
+            done = min(1, self.step / self.total_steps)
+            left = seconds / done - seconds
+            print(f"{self.step:>9} steps, {done:4.0%}, {status}, {left:.0f} s left", flush=True)
+            self.next_line += self.total_steps / 20
+
+    def finish(self, iteration: int, **extra: Any) -> None:
+        """Save, evaluate, summarise, and say where everything is."""
+        self.save(iteration, **extra)
+        seconds = time.perf_counter() - self.start
+        self.bar.close()
+        mean, sps = np.mean(self.returns or math.nan), self.step / seconds
+        words = f"{mean:.1f} over the last {len(self.returns)} episodes, {sps:.0f} steps/s"
+        print(f"Trained:    return {words}")
+        evaluated = play(self.args, self.modules[0])
+        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+        commit = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout
+        summary = {
+            "args": vars(self.args),
+            "versions": {module.__name__: module.__version__ for module in (torch, np, gym)},
+            "commit": commit.strip() or None,
+            "steps": self.step, "wall_seconds": seconds, "sps": sps,
+            "train_return_last100": float(mean) if self.returns else None,
+            "eval_return_mean": evaluated.mean(),
+            "eval_return_std": evaluated.std(),
+        }
+        path = self.dir / "summary.json"
+        if self.first_step < self.step or not path.exists():  # else it is in the curves already
+            self.writer.add_scalar("eval/episodic_return", evaluated.mean(), self.step)
+        text = json.dumps(summary, indent=2) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
+        self.writer.close()
+        print(f"Files:      {self.dir}\nCurves:     tensorboard --logdir {self.dir}")
+        print(f"To watch:   {self.command('--evaluate')} --capture-video  (pip install moviepy)")
+
+
+if __name__ == "__main__":
+    main(parse_args())
