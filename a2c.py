@@ -135,7 +135,7 @@ class Args:
 
 # --- Environment ----------------------------------------------------------------------------------
 def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """N environments, for Box of actions that it clips to the bounds; the step that ends an episode
+    """N environments, which clip real-valued actions to their bounds; the step that ends an episode
     returns the next one's first observation."""
     envs = build_envs(args)
     space = envs.single_action_space
@@ -666,7 +666,7 @@ class Run:
 
         A point costs as much as a small update, and an iteration may be of 40 steps.
         """
-        if math.isnan(losses["explained_variance"]):  # one sample has no variance
+        if math.isnan(losses.get("explained_variance", 0)):  # one sample has no variance
             del losses["explained_variance"]  # (were the values NaN, value_loss would say so)
         scalars = {f"losses/{name}": value for name, value in losses.items()}
         for name, value in scalars.items():

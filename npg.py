@@ -15,9 +15,9 @@ That is the quadratic model's word for it; nobody checks: trpo.py does. F has da
 throughout, so that the model's KL is at most delta. --step-rule fixed steps by alpha u.
 
 F is never formed. The policy's outputs z (logits; or means and log stds) have a Jacobian J in theta
-and a Fisher information M of their own, so F v = mean[ J^T M J v ]: two passes through the network,
-measured at 0.5 to 0.9 of the time of differentiating the KL twice, for the same F. --fisher
-explicit forms F and solves; diagonal keeps its diagonal, the mean of the squared scores.
+and a Fisher information M of their own, so F v = mean[ J^T M J v ]: the same F as from
+differentiating the KL twice, without second derivatives of the network. --fisher explicit forms F
+and solves; diagonal keeps its diagonal, the mean of the squared scores.
 
 Changes from a2c.py: the step; a critic with its own optimizer, fitted by several epochs afterwards;
 no entropy bonus. Deviations: damping, normalised advantages, GAE.
@@ -119,7 +119,7 @@ class Args:
     fisher: Literal["cg", "explicit", "diagonal"] = "cg"
     """how F is inverted: by products with vectors, formed (small networks only), or its diagonal"""
     fisher_fraction: float = 1.0
-    """part of the batch that F is estimated on, in (0, 1]"""
+    """part of the batch, drawn anew each time, that F is estimated on, in (0, 1]"""
     cg_iters: int = 10
     """most iterations of conjugate gradient"""
     cg_damping: float = 0.1
@@ -140,7 +140,7 @@ class Args:
 
 # --- Environment ----------------------------------------------------------------------------------
 def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """N environments, for Box of actions that it clips to the bounds; the step that ends an episode
+    """N environments, which clip real-valued actions to their bounds; the step that ends an episode
     returns the next one's first observation."""
     envs = build_envs(args)
     space = envs.single_action_space
@@ -337,9 +337,10 @@ def conjugate_gradient(matvec, b: Tensor, iters: int, residual_tol: float) -> Te
 
 def natural_direction(agent: Agent, params, gradient: Tensor, obs, actions, args: Args):
     """u and F u [P], F as --fisher says and damped; 0 if gradient or curvature are of no use."""
-    # Every so many samples, so that all of the rollout's steps and environments are there.
-    stride = round(1 / args.fisher_fraction)
-    obs, actions = obs[::stride], actions[::stride]
+    if args.fisher_fraction < 1:
+        count = math.ceil(args.fisher_fraction * len(obs))
+        index = torch.randperm(len(obs), device=obs.device)[:count]
+        obs, actions = obs[index], actions[index]
     if args.fisher == "diagonal":
         diagonal = fisher_diagonal(agent, params, obs, actions) + args.cg_damping
         damped = lambda v: diagonal * v
@@ -348,7 +349,7 @@ def natural_direction(agent: Agent, params, gradient: Tensor, obs, actions, args
         product = fisher_products(agent, params, obs)
         damped = lambda v: product(v) + args.cg_damping * v
         if args.fisher == "explicit":
-            identity = torch.eye(len(gradient), device=obs.device)
+            identity = torch.eye(len(gradient)).to(gradient)
             u = torch.linalg.solve(torch.stack([damped(x) for x in identity]), gradient)
         else:
             u = conjugate_gradient(damped, gradient, args.cg_iters, args.cg_residual_tol)
@@ -765,7 +766,7 @@ class Run:
 
         A point costs as much as a small update, and an iteration may be of 40 steps.
         """
-        if math.isnan(losses["explained_variance"]):  # one sample has no variance
+        if math.isnan(losses.get("explained_variance", 0)):  # one sample has no variance
             del losses["explained_variance"]  # (were the values NaN, value_loss would say so)
         scalars = {f"losses/{name}": value for name, value in losses.items()}
         for name, value in scalars.items():

@@ -710,7 +710,7 @@ class Run:
 
         A point costs as much as a small update, and an iteration may be of 40 steps.
         """
-        if math.isnan(losses["explained_variance"]):  # one sample has no variance
+        if math.isnan(losses.get("explained_variance", 0)):  # one sample has no variance
             del losses["explained_variance"]  # (were the values NaN, value_loss would say so)
         scalars = {f"losses/{name}": value for name, value in losses.items()}
         for name, value in scalars.items():

@@ -29,7 +29,7 @@ All of them measure the step d in parameters, not in what it does to the policy:
 
 Time limits: Monte Carlo takes an episode that was cut for one that ended: what would have come
 later counts 0. --bootstrap-truncated counts it as V of the last observation instead.
-Deviation: advantages are normalised (--norm-adv none), which Adam's step hardly feels.
+Deviation: advantages are normalised, unless --norm-adv none; Adam's step hardly feels it.
 Curves: grad_norm against step_norm |d| is the step rule at work. A return that jumps and collapses:
 too long a step. entropy near 0 with a poor return: exploration died.
 
@@ -163,7 +163,7 @@ class Paused(gym.Wrapper):
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """N environments, for Box of actions that it clips to the bounds; the step that ends an episode
+    """N environments, which clip real-valued actions to their bounds; the step that ends an episode
     returns the next one's first observation."""
     envs = build_envs(args)
     envs.envs = [Paused(env) for env in envs.envs]
@@ -737,7 +737,7 @@ class Run:
 
         A point costs as much as a small update, and an iteration may be of 40 steps.
         """
-        if math.isnan(losses["explained_variance"]):  # one sample has no variance
+        if math.isnan(losses.get("explained_variance", 0)):  # one sample has no variance
             del losses["explained_variance"]  # (were the values NaN, value_loss would say so)
         scalars = {f"losses/{name}": value for name, value in losses.items()}
         for name, value in scalars.items():

@@ -5,9 +5,10 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are that paper's.
     max over theta of L(theta) = mean[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]
     subject to mean KL(pi_old(.|s_t), pi(.|s_t)) <= delta                           (Eq. 14)
 
-A linear model of L and a quadratic one of the KL give npg.py's step s = sqrt(2 delta / u^T F u) u,
-u = F^-1 g. Both models hold for small steps only, so theta + beta^k s is tried for k = 0, 1, 2, ...
-(appendix C), and taken is the first that
+A linear model of L, with gradient g, and a quadratic one of the KL, with Hessian F (the Fisher
+information), are solved by npg.py's step s = sqrt(2 delta / u^T F u) u with u = F^-1 g; npg.py says
+how, without forming F, and what damping does. Both models hold for small steps only, so theta +
+beta^k s is tried for k = 0, 1, 2, ... (appendix C), and taken is the first that
 
     improves L, and has a mean KL, measured on the batch, of at most delta.
 
@@ -123,7 +124,7 @@ class Args:
     fisher: Literal["cg", "explicit", "diagonal"] = "cg"
     """how F is inverted: by products with vectors, formed (small networks only), or its diagonal"""
     fisher_fraction: float = 1.0
-    """part of the batch that F is estimated on, in (0, 1]"""
+    """part of the batch, drawn anew each time, that F is estimated on, in (0, 1]"""
     cg_iters: int = 10
     """most iterations of conjugate gradient"""
     cg_damping: float = 0.1
@@ -144,7 +145,7 @@ class Args:
 
 # --- Environment ----------------------------------------------------------------------------------
 def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """N environments, for Box of actions that it clips to the bounds; the step that ends an episode
+    """N environments, which clip real-valued actions to their bounds; the step that ends an episode
     returns the next one's first observation."""
     envs = build_envs(args)
     space = envs.single_action_space
@@ -341,9 +342,10 @@ def conjugate_gradient(matvec, b: Tensor, iters: int, residual_tol: float) -> Te
 
 def natural_direction(agent: Agent, params, gradient: Tensor, obs, actions, args: Args):
     """u and F u [P], F as --fisher says and damped; 0 if gradient or curvature are of no use."""
-    # Every so many samples, so that all of the rollout's steps and environments are there.
-    stride = round(1 / args.fisher_fraction)
-    obs, actions = obs[::stride], actions[::stride]
+    if args.fisher_fraction < 1:
+        count = math.ceil(args.fisher_fraction * len(obs))
+        index = torch.randperm(len(obs), device=obs.device)[:count]
+        obs, actions = obs[index], actions[index]
     if args.fisher == "diagonal":
         diagonal = fisher_diagonal(agent, params, obs, actions) + args.cg_damping
         damped = lambda v: diagonal * v
@@ -352,7 +354,7 @@ def natural_direction(agent: Agent, params, gradient: Tensor, obs, actions, args
         product = fisher_products(agent, params, obs)
         damped = lambda v: product(v) + args.cg_damping * v
         if args.fisher == "explicit":
-            identity = torch.eye(len(gradient), device=obs.device)
+            identity = torch.eye(len(gradient)).to(gradient)
             u = torch.linalg.solve(torch.stack([damped(x) for x in identity]), gradient)
         else:
             u = conjugate_gradient(damped, gradient, args.cg_iters, args.cg_residual_tol)
@@ -787,7 +789,7 @@ class Run:
 
         A point costs as much as a small update, and an iteration may be of 40 steps.
         """
-        if math.isnan(losses["explained_variance"]):  # one sample has no variance
+        if math.isnan(losses.get("explained_variance", 0)):  # one sample has no variance
             del losses["explained_variance"]  # (were the values NaN, value_loss would say so)
         scalars = {f"losses/{name}": value for name, value in losses.items()}
         for name, value in scalars.items():

@@ -332,7 +332,6 @@ def test_tensorflow_rmsprop_is_its_formula_and_begins_gently():
             np.testing.assert_allclose(first[1:], -7e-3 * np.sign(g[1:]), rtol=2e-3)
             assert abs(theta["tf"][1].item()) < 1e-3
     np.testing.assert_allclose(theta["tf"].detach().numpy(), expected, rtol=1e-12)
-    assert a2c.TensorFlowRMSprop([theta["tf"]], **args).param_groups[0]["lr"] == 7e-4
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,10 @@ def test_conjugate_gradient_solves_and_stops():
     x = npg.conjugate_gradient(matvec, b, 100, 1e-10)
     torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-8)
     assert len(calls) < 60
+    needed = len(calls)
+    calls.clear()
     loose = npg.conjugate_gradient(matvec, b, 100, 0.5)
-    assert (matrix @ loose - b).norm() <= 0.5 * b.norm() < 1e4 * (matrix @ x - b).norm() + b.norm()
+    assert (matrix @ loose - b).norm() <= 0.5 * b.norm() and len(calls) < needed
     one = npg.conjugate_gradient(matvec, b, 1, 0.0)
     torch.testing.assert_close(one, (b @ b) / (b @ matrix @ b) * b)
     assert npg.conjugate_gradient(lambda v: -v, b, 10, 0.0).tolist() == [0.0] * 12
@@ -105,11 +107,7 @@ def test_the_direction_solves_the_damped_system(space, fisher):
     matrix = kl_hessian(agent, params, obs) + damping
     if fisher == "diagonal":
         matrix = npg.fisher_diagonal(agent, params, obs, actions).diag() + damping
-    torch.set_default_dtype(torch.float64)
-    try:
-        u, fisher_u = npg.natural_direction(agent, params, gradient, obs, actions, args)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    u, fisher_u = npg.natural_direction(agent, params, gradient, obs, actions, args)
     torch.testing.assert_close(u, torch.linalg.solve(matrix, gradient), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fisher_u, matrix @ u, rtol=1e-6, atol=1e-7)
 

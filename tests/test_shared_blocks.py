@@ -17,7 +17,7 @@ from tests.sync_blocks import LADDER, PLUMBING, ROOT, SCRIPTS, blocks, disagreem
 # take 20.
 DIFF_BUDGET = {
     ("reinforce", "a2c"): 203,
-    ("a2c", "npg"): 150,
+    ("a2c", "npg"): 152,
     ("npg", "trpo"): 18,
     ("a2c", "ppo"): 140,
     ("ppo", "ppo_continuous"): 40,
@@ -30,8 +30,8 @@ DIFF_BUDGET = {
 MOST_LINES = {name: (400, 770) for name in LADDER} | {"grpo_rloo": (480, 848)}
 MOST_LINES["ppo_continuous"] = (408, 778)
 MOST_LINES["reinforce"] = (435, 805)
-MOST_LINES["npg"] = (463, 833)  # three ways to invert the Fisher matrix
-MOST_LINES["trpo"] = (485, 855)
+MOST_LINES["npg"] = (464, 834)  # three ways to invert the Fisher matrix
+MOST_LINES["trpo"] = (487, 857)
 
 
 def test_shared_blocks_are_identical():
