@@ -10,4 +10,5 @@ groups.py   lines -> groups of seeds, missing seeds, published results, normalis
 report.py   groups -> tables (report.md, report.csv, README section); plots.py: pictures
 compare.py  two result sets -> better, worse, or cannot tell
 peers.py    the same task with Stable-Baselines3
+speed.py    steps per second beside the peer's, in pairs
 """

@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks {run,report,compare,random}."""
+"""Command line: python -m benchmarks {run,report,compare,speed,random}."""
 
 import argparse
 import os
@@ -66,6 +66,15 @@ def make_parser() -> Parser:
     for side in ("a", "b"):
         compare.add_argument(side, help="results file or directory; FILE:LABEL takes one algorithm")
 
+    speed = commands.add_parser("speed", help="time the scripts beside Stable-Baselines3, in pairs")
+    speed.add_argument("suite", nargs="?", default="speed", help="what to time; by default speed")
+    speed.add_argument("--pairs", type=positive(int), default=5, help="of runs, interleaved")
+    speed.add_argument("--only", type=names, default=[], help="scripts, comma-separated: ppo,a2c")
+    speed.add_argument("--env", type=names, default=[], help="environments, comma-separated")
+    speed.add_argument("--work", type=Path, default=WORK, help="directory of the runs' own files")
+    speed.add_argument("--results", type=Path, default=RESULTS, help="where speed.json is")
+    speed.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
+
     random = commands.add_parser("random", help="measure random play for the normalised scores")
     random.add_argument("env", nargs="+", help="environments")
     random.add_argument("--results", type=Path, default=RESULTS)
@@ -121,6 +130,14 @@ def main(argv: list[str]) -> int:
             from benchmarks.compare import compare
 
             print(compare(args.a, args.b))
+            return 0
+        if args.command == "speed":
+            from benchmarks.speed import speed
+
+            suite, scripts = load_suite(args.suite), args.scripts.resolve()
+            tasks, skipped = select_tasks(suite, scripts, args.only, args.env, "")
+            print("".join(line + "\n" for line in skipped), end="")
+            speed(tasks, args.pairs, args.work.resolve(), args.results.resolve(), scripts)
             return 0
         ensure_random(args.results, args.env)
         return 0

@@ -8,7 +8,9 @@ harness treats it the same way, except that an interrupted peer starts again. Wh
 - VecNormalize moves the observation statistics at every step, the scripts at every iteration.
 - ppo_continuous estimates its advantages anew before each epoch (recompute_adv), SB3 never does.
 - the scripts end the open episodes at every checkpoint, SB3 never does.
-- TRPO: the critic is fitted in minibatches of 128.
+- A2C: SB3 has torch's RMSprop where a2c.py's default is TensorFlow's.
+- TRPO: the critic's Adam has SB3's eps, 1e-8 for 1e-5; the line search measures KL(pi, pi_old), the
+  script KL(pi_old, pi); conjugate gradient starts at random and ends by an absolute residual.
 """
 
 import argparse
@@ -74,14 +76,21 @@ def peer_settings(script: Path, flags: dict[str, Any]) -> dict[str, Any]:
         clips |= {"clip_range_vf": args.clip_coef} if args.clip_vloss else {}
         return settings | {"algorithm": "PPO", "clips": clips, "anneal_clip": args.anneal_clip}
     if script.stem == "a2c":
-        kwargs["use_rms_prop"] = False
-        kwargs["normalize_advantage"] = has("norm_adv") not in (None, False, "none")
+        if (args.rmsprop_alpha, args.optimizer_eps) != (0.99, 1e-5):
+            raise BenchmarkError("--peer sb3 has 0.99 and 1e-5 for rmsprop_alpha and optimizer_eps")
+        kwargs["use_rms_prop"] = args.optimizer != "adam"
+        kwargs["normalize_advantage"] = args.norm_adv != "none"
         return settings | {"algorithm": "A2C"}
     if script.stem == "trpo":
-        names = {"max_kl": "target_kl", "cg_iters": "cg_max_steps", "cg_damping": "cg_damping"}
-        names |= {"damping": "cg_damping", "value_epochs": "n_critic_updates"}
-        kwargs |= {peer: has(ours) for ours, peer in names.items() if has(ours) is not None}
-        return settings | {"algorithm": "TRPO"}
+        if (args.step_rule, args.fisher, args.fisher_fraction) != ("kl", "cg", 1.0):
+            raise BenchmarkError("--peer sb3 has the KL step by conjugate gradient alone")
+        kwargs |= {"target_kl": args.max_kl, "cg_max_steps": args.cg_iters}
+        kwargs |= {"cg_damping": args.cg_damping, "n_critic_updates": args.value_epochs}
+        kwargs["batch_size"] = args.num_envs * args.num_steps // args.num_minibatches
+        kwargs["line_search_shrinking_factor"] = args.backtrack_coef
+        kwargs["line_search_max_iter"] = args.backtrack_iters
+        kwargs["normalize_advantage"] = args.norm_adv != "none"
+        return settings | {"algorithm": "TRPO", "learning_rate": args.value_learning_rate}
     raise BenchmarkError(f"--peer sb3 has no counterpart of {script.stem}.py")
 
 

@@ -18,6 +18,7 @@ from benchmarks.groups import (
     published,
 )
 from benchmarks.results import RESULTS, read_random, read_results, write_atomically
+from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
 from benchmarks.suites import ROOT, BenchmarkError, load_suite
 
@@ -155,6 +156,9 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
             lines += suite_section(name, groups, notes, scores, pictures)
         if not check:
             print("\n".join(notes), end="\n" * bool(notes))
+    if timed := read_speed(results):
+        for lines in sections.values():
+            lines += speed_section(timed)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -17,7 +17,7 @@ import pytest
 from scipy import stats as scipy_stats
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import compare, groups, peers, report, results, runner, stats, suites
+from benchmarks import compare, groups, peers, report, results, runner, speed, stats, suites
 from benchmarks.__main__ import main
 from benchmarks.engine import LocalEngine
 
@@ -445,6 +445,87 @@ def test_peer_refuses_what_it_cannot_do(flags):
         peers.peer_settings(ROOT / "ppo.py", flags)
 
 
+def test_peer_has_the_optimizer_of_a2c():
+    settings = peers.peer_settings(ROOT / "a2c.py", {"optimizer": "rmsprop"})
+    model = peers.train("CartPole-v1", 1, 80, settings, NoFiles())
+    assert (model.n_steps, model.n_envs, model.gae_lambda, model.ent_coef) == (5, 8, 1.0, 0.0)
+    optimizer = model.policy.optimizer
+    assert type(optimizer).__name__ == "RMSprop" and not model.normalize_advantage
+    assert (optimizer.defaults["alpha"], optimizer.defaults["eps"]) == (0.99, 1e-5)
+    adam = peers.peer_settings(ROOT / "a2c.py", {"optimizer": "adam"})
+    model = peers.train("CartPole-v1", 1, 80, adam, NoFiles())
+    assert type(model.policy.optimizer).__name__ == "Adam"
+    with pytest.raises(suites.BenchmarkError):
+        peers.peer_settings(ROOT / "a2c.py", {"rmsprop_alpha": 0.9})
+
+
+def test_peer_has_the_step_and_the_critic_of_trpo():
+    flags = {"max_kl": 0.02, "cg_iters": 7, "cg_damping": 0.3, "value_epochs": 3, "num_steps": 64}
+    flags |= {"num_minibatches": 4, "value_learning_rate": 2e-3, "backtrack_coef": 0.7}
+    settings = peers.peer_settings(ROOT / "trpo.py", flags | {"backtrack_iters": 6})
+    model = peers.train("CartPole-v1", 1, 512, settings, NoFiles())
+    assert (model.target_kl, model.cg_max_steps, model.cg_damping) == (0.02, 7, 0.3)
+    assert (model.n_critic_updates, model.batch_size, model.n_envs) == (3, 64, 4)
+    assert (model.line_search_shrinking_factor, model.line_search_max_iter) == (0.7, 6)
+    # Of two iterations' schedule the last half.
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    for flag in ({"fisher": "diagonal"}, {"fisher_fraction": 0.5}, {"step_rule": "fixed"}):
+        with pytest.raises(suites.BenchmarkError):
+            peers.peer_settings(ROOT / "trpo.py", flag)
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+
+def test_steady_rate_leaves_the_warm_up_out(tmp_path):
+    """10 s to compile, then 1,000 steps in each of 9 seconds; the first point is at 1,000 steps."""
+    writer = SummaryWriter(str(tmp_path))
+    for k in range(1, 11):
+        writer.add_scalar("charts/SPS", 1000 * k / (9 + k), 1000 * k)
+    writer.close()
+    assert speed.steady_rate(tmp_path) == (pytest.approx(1000, rel=1e-4), pytest.approx(10))
+
+
+def test_steady_rate_refuses_a_run_that_is_too_short(tmp_path):
+    with pytest.raises(suites.BenchmarkError, match="too short"):
+        speed.steady_rate(tmp_path)
+
+
+def test_ratios_are_taken_within_pairs_and_interleaved(monkeypatch, tmp_path):
+    """A machine that is slower in the second pair leaves the ratios alone."""
+    order, rates = [], {"eager": [300, 30], "compiled": [400, 40], "peer": [100, 10]}
+
+    def run_once(job, directory, compiled):
+        order.append(directory.name)
+        assert (directory.name == "compiled") is compiled
+        assert bool(job.task.peer) is (directory.name == "peer") and job.seed == 1 + len(order) // 4
+        return {"sps": rates[directory.name].pop(0), "first_point_seconds": 1, "peak_mib": 100}
+
+    monkeypatch.setattr(speed, "run_once", run_once)
+    speed.speed([suites.Task("ppo", "CartPole-v1", 1000)], 2, tmp_path, tmp_path, ROOT)
+    assert order == ["eager", "compiled", "peer"] * 2
+    (row,) = speed.read_speed(tmp_path)
+    assert speed.ratios(row, "eager") == [3, 3] and speed.ratios(row, "compiled") == [4, 4]
+    text = "\n".join(speed.speed_section([row]))
+    assert "| ppo | CartPole-v1 | 2 | 165 [30, 300] | 220 [40, 400] | 55 [10, 100] " in text
+    assert "| 3.00 [3.00, 3.00] | 4.00 [4.00, 4.00] | 100, 100 | 1, 1 |" in text
+
+
+def test_speed_end_to_end(tmp_path, capsys):
+    suite = tmp_path / "tiny.toml"
+    suite.write_text('[[task]]\nscript = "npg"\nenv = "CartPole-v1"\nsteps = 4096\n')
+    command = ["speed", str(suite), "--pairs", "1", "--work", str(tmp_path), "--results"]
+    assert main([*command, str(tmp_path / "results")]) == 0
+    (row,) = speed.read_speed(tmp_path / "results")
+    assert set(row["runs"]) == {"eager", "compiled"} and row["threads"] == 1
+    for (run,) in row["runs"].values():
+        assert run["sps"] > 100 and 50 < run["peak_mib"] < 5000
+    assert "npg | CartPole-v1 | 1 |" in "\n".join(speed.speed_section([row]))
+    suite.write_text('[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 1\n')
+    assert main([*command, str(tmp_path / "results")]) == 2
+    assert "less than one iteration" in capsys.readouterr().err
+
+
 # --- Running: scripts that do what they should not ------------------------------------------------
 
 FAKE_SCRIPT = '''
@@ -672,6 +753,9 @@ def test_what_a_killed_harness_left_running_is_ended(fake):
         (["report", "pyproject.toml"], "not a directory"),
         (["compare", "nowhere", "nothing.jsonl"], "no results in nowhere"),
         (["random", "CartPole-v9"], "CartPole-v9"),
+        (["speed", "nothing"], "no suite nothing"),
+        (["speed", "--only", "dqn"], "no script dqn in suite speed"),
+        (["speed", "--pairs", "0"], "argument --pairs: 0 is not above 0"),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments, words, capsys):
