@@ -373,6 +373,28 @@ def test_one_epoch_of_unclipped_ppo_has_the_gradient_of_a2c():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_reinforce_with_a_value_baseline_is_a2c_with_lambda_1_on_complete_episodes():
+    """Up to the factor steps / episodes, as a2c takes the mean over steps."""
+    torch.manual_seed(0)
+    args = reinforce.Args(norm_adv="none", gamma=0.9)
+    args_of_a2c = a2c.Args(gae_lambda=1.0, gamma=0.9, vf_coef=0.0, ent_coef=0.0)
+    agent = reinforce.Agent(spaces(gym.spaces.Discrete(4)), args)
+    observations = torch.randn(13, 2, 3)
+    obs, next_obs = observations[:-1], observations[1:]
+    terminated = np.zeros((12, 2), bool)
+    terminated[[4, 11], 0] = terminated[[2, 7, 11], 1] = True  # 5 episodes of 3 to 7 steps
+    outcome = obs, next_obs, np.random.default_rng(0).normal(size=(12, 2)), terminated, terminated
+    actions = torch.randint(4, (24,))
+    gradients, of_a2c = [], args_of_a2c
+    for script, script_args, rest in ((reinforce, args, (5, args)), (a2c, of_a2c, (of_a2c,))):
+        advantages, returns, _ = script.estimate_advantages(agent, *outcome, script_args)
+        batch = obs.flatten(0, 1), actions, advantages.flatten(), returns.flatten()
+        loss, _ = script.total_loss(agent, batch, *rest)
+        gradients.append(torch.autograd.grad(loss, list(agent.actor.parameters())))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs * 24 / 5, rtol=1e-4, atol=1e-5)
+
+
 def test_a2c_total_loss_has_the_signs_of_its_docstring():
     torch.manual_seed(1)
     args = a2c.Args(ent_coef=0.3, vf_coef=0.7, hidden_size=8)
