@@ -1,6 +1,6 @@
 """Advantage actor-critic (A2C), the synchronous form of A3C.
 
-Mnih et al. 2016, arXiv:1602.01783, Algorithm S3, with the threads' gradients averaged in one step.
+Mnih et al. 2016, arXiv:1602.01783, Algorithm S3, but one step by the mean over steps and threads.
 
 Act for T steps in N environments, estimate advantages A_t, take one gradient step, and throw the
 batch away:
@@ -9,25 +9,25 @@ batch away:
     A_t     = delta_t + (gamma lambda) delta_{t+1} + (gamma lambda)^2 delta_{t+2} + ...
     ascend    mean[log pi(a_t|s_t) A_t - vf_coef 1/2 (V(s_t) - R_t)^2 + ent_coef entropy]
 
-where R_t = A_t + V(s_t) is held fixed. With lambda = 1 the deltas add up to the paper's estimate,
-r_t + gamma r_{t+1} + ... + gamma^k V(s_{t+k}) - V(s_t), where t+k is the rollout's end.
+where A_t and R_t = A_t + V(s_t) are held fixed. The sum stops at t+k, the end of rollout or episode
+(V = 0 if terminated); with lambda = 1, A_t = r_t + ... + gamma^k V(s_{t+k}) - V(s_t), as there.
 
 How far to step: as far as the learning rate says, along a gradient of norm at most max_grad_norm;
-RMSprop divides each component by its recent root mean square v. Nothing looks at what the step did
-to the policy: that is why the steps must be small and the data new each time. torch takes
+RMSprop divides each component by its recent root mean square sqrt(v). Nothing looks at what the
+step did to the policy: that is why steps must be small and the data new each time. torch takes
 g / (sqrt(v) + eps) with v begun at 0, so that a first step moves every component by 10 learning
-rates (alpha 0.99), however small its gradient; TensorFlow, where the published results come from,
-takes g / sqrt(v + eps) with v begun at 1, so that the first thousand steps are short.
+rates (alpha 0.99) unless g is near eps; TensorFlow, and so OpenAI's A2C, takes g / sqrt(v + eps)
+with v begun at 1, so that the first thousand steps are short.
 
-Changes from reinforce.py: rollouts of T steps, not whole episodes; the critic's estimate stands in
-for the rewards that were cut off; actor and critic take one step together.
-Deviations: one process; actor and critic share no layers; lambda may be below 1. Where a time limit
-ends an episode, s_{t+1} is the true last observation.
+Changes from reinforce.py: rollouts of T steps, not whole episodes, and their mean; the critic's
+estimate stands in for the rewards that were cut off; one step of RMSprop for actor and critic.
+Deviations: gradient clipped, the critic's part in the norm; actor and critic share no layers;
+lambda may be below 1. Where a time limit ends an episode, s_{t+1} is the true last observation.
 
 Reading the curves (means over the iterations since the last point): entropy falls slowly; near 0
-with a poor return: exploration died; raise ent_coef. explained_variance (1 perfect, 0 no better
-than a constant) stuck at 0: try --norm-reward. A return that collapses: a step too far; lower the
-learning rate or enlarge the batch.
+(far below it for real-valued actions) with a poor return: raise ent_coef. explained_variance (1
+perfect, 0 no better than a constant) stuck at 0: try --norm-reward. A return that collapses: a step
+too far; lower the learning rate or enlarge the batch.
 
 Run: python a2c.py                       All flags: python a2c.py --help
 """
@@ -238,7 +238,7 @@ def estimate_advantages(agent: Agent, obs, next_obs, rewards, terminated, dones,
 
 
 def policy_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Minus the mean of log pi A, tensors [B] -> scalar: its gradient estimates the policy's."""
+    """Minus the mean of log pi A, tensors [B] -> scalar; its gradient is minus the policy's."""
     return -(logprobs * advantages).mean()
 
 
@@ -451,9 +451,9 @@ def check_args(args: Args) -> torch.device:
         ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
-        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef cg_residual_tol"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():

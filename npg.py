@@ -10,21 +10,22 @@ policy, not of its parameters, gains most:
     F        = E[ grad log pi grad log pi^T ] = Hessian of mean KL(pi_old, pi) at theta_old
     max g.s with 1/2 s^T F s <= delta:    s = sqrt(2 delta / u^T F u) u,    u = F^-1 g
 
-How far to step: so far that the policy changes by delta (--max-kl), whatever the parameters mean.
-That is the quadratic model's word for it; nobody checks: trpo.py does. F has damping I added
-throughout, so that the model's KL is at most delta. --step-rule fixed steps by alpha u.
+How far to step: until the policy has changed by delta (--max-kl) by the quadratic model of the KL;
+nothing here checks the true KL, trpo.py does. From here on F includes damping, F + cg_damping I, so
+that the undamped model's KL stays below delta. --step-rule fixed steps by alpha u, as Kakade does.
 
 F is never formed. The policy's outputs z (logits; or means and log stds) have a Jacobian J in theta
-and a Fisher information M of their own, so F v = mean[ J^T M J v ]: the same F as from
-differentiating the KL twice, without second derivatives of the network. --fisher explicit forms F
-and solves; diagonal keeps its diagonal, the mean of the squared scores.
+and a Fisher information M of their own, so F v = mean[ J^T M J v ] (Schulman's C.1): the same as by
+differentiating the KL twice, but faster. --fisher explicit forms F and solves; diagonal keeps an
+estimate of its diagonal, the mean over the actions taken of the squared scores.
 
 Changes from a2c.py: the step; a critic with its own optimizer, fitted by several epochs afterwards;
 no entropy bonus. Deviations: damping, normalised advantages, GAE.
 
-Curves: kl is what the step did, quadratic_kl what the model said. kl far above: the model does not
-reach that far; lower max_kl or raise cg_damping. cg_residual |F u - g| / |g| near 1: u is little
-better than g; more cg_iters. update_skipped: curvature or gradient were not usable.
+Curves: kl is what the step did, quadratic_kl what the damped model says: max_kl, with step_rule kl.
+kl far above: the model does not reach that far; lower max_kl or raise cg_damping; below: damping.
+cg_residual |F u - g| / |g|: 0 is solved; large: more cg_iters. charts/learning_rate: |s| / |u|.
+update_skipped: u^T F u was 0, negative or not finite, so that u was set to 0.
 
 Run: python npg.py                       All flags: python npg.py --help
 """
@@ -100,7 +101,7 @@ class Args:
     # --- algorithm ---
     total_timesteps: int = 100_000
     """environment steps of the run, rounded down to whole iterations of N T"""
-    learning_rate: float = 0.1
+    learning_rate: float = 1.0
     """alpha of --step-rule fixed"""
     anneal_lr: bool = True
     """lower alpha and the critic's step size linearly to 0"""
@@ -121,11 +122,11 @@ class Args:
     fisher_fraction: float = 1.0
     """part of the batch, drawn anew each time, that F is estimated on, in (0, 1]"""
     cg_iters: int = 10
-    """most iterations of conjugate gradient"""
+    """--fisher cg: most iterations of conjugate gradient"""
     cg_damping: float = 0.1
     """added to F's diagonal"""
     cg_residual_tol: float = 1e-6
-    """conjugate gradient ends once |F u - g| / |g| is at most this"""
+    """--fisher cg: ends once |F u - g| / |g| is at most this, in (0, 1)"""
     value_learning_rate: float = 1e-3
     """Adam's step size for the critic"""
     value_epochs: int = 10
@@ -247,7 +248,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> T
     return -((logprobs - old_logprobs).exp() * advantages).mean()
 
 
-def evaluate(agent: Agent, old_policy, obs: Tensor, actions: Tensor, advantages: Tensor):
+def loss_and_kl(agent: Agent, old_policy, obs: Tensor, actions: Tensor, advantages: Tensor):
     """policy_loss and mean KL(pi_old, pi) of the policy as it is."""
     policy = agent.policy(obs)
     loss = policy_loss(policy.log_prob(actions), old_policy.log_prob(actions), advantages)
@@ -297,10 +298,10 @@ def information(outputs: Tensor, discrete: bool, vectors: Tensor) -> Tensor:
 def fisher_products(agent: Agent, params: list[nn.Parameter], obs: Tensor):
     """The function v -> F v, tensors [P], F the mean over obs; one graph serves all v."""
     outputs = agent.actor(agent.normalize(obs))
-    # M's blocks for means and log stds are apart, so that these may stand side by side.
+    # The log stds count as outputs too; M has no terms between them and the means.
     if agent.log_std is not None:
         outputs = torch.cat([outputs, agent.log_std.expand_as(outputs)], -1)
-    # J^T w is linear in w: its derivative in w, along v, is J v, whatever w is.
+    # v . (J^T w) is linear in w, so that its gradient in w is J v, whatever w is.
     w = torch.zeros_like(outputs, requires_grad=True)
     pulled = flat_gradient(outputs, params, w, create_graph=True)
 
@@ -313,7 +314,7 @@ def fisher_products(agent: Agent, params: list[nn.Parameter], obs: Tensor):
 
 
 def fisher_diagonal(agent: Agent, params: list[nn.Parameter], obs: Tensor, actions: Tensor):
-    """Mean of (d log pi(a|s) / d theta_i)^2 over samples, [P]; the mean score squared is not it."""
+    """Mean of (d log pi(a|s) / d theta_i)^2 over samples, [P]; the squared mean score is not it."""
     samples = zip(obs.split(1), actions.split(1))
     scores = (flat_gradient(agent.policy(s).log_prob(a), params) for s, a in samples)
     return sum(score**2 for score in scores) / len(obs)
@@ -321,7 +322,7 @@ def fisher_diagonal(agent: Agent, params: list[nn.Parameter], obs: Tensor, actio
 
 def conjugate_gradient(matvec, b: Tensor, iters: int, residual_tol: float) -> Tensor:
     """x with A x = b, A symmetric and positive definite and given as matvec, tensors [P]. Ends
-    after iters, with |A x - b| <= residual_tol |b|, or where A curves down."""
+    after iters, with |A x - b| <= residual_tol |b|, or where A does not curve up."""
     x, residual, direction, squared = torch.zeros_like(b), b, b, b @ b
     for _ in range(iters):
         product = matvec(direction)
@@ -344,13 +345,15 @@ def natural_direction(agent: Agent, params, gradient: Tensor, obs, actions, args
     if args.fisher == "diagonal":
         diagonal = fisher_diagonal(agent, params, obs, actions) + args.cg_damping
         damped = lambda v: diagonal * v
-        u = gradient / diagonal
+        u = torch.where(diagonal > 0, gradient / diagonal, 0)
     else:
         product = fisher_products(agent, params, obs)
         damped = lambda v: product(v) + args.cg_damping * v
         if args.fisher == "explicit":
             identity = torch.eye(len(gradient)).to(gradient)
-            u = torch.linalg.solve(torch.stack([damped(x) for x in identity]), gradient)
+            matrix = torch.stack([damped(x) for x in identity])
+            # Undamped it is singular: all logits may shift alike.
+            u = torch.linalg.pinv(matrix, hermitian=True) @ gradient
         else:
             u = conjugate_gradient(damped, gradient, args.cg_iters, args.cg_residual_tol)
     fisher_u = damped(u)
@@ -379,7 +382,7 @@ def main(args: Args) -> None:
         play(args, agent)
         return
     run = Run(args, agent, optimizer, num_iterations * B)
-    value_function = torch.compile(critic_loss) if args.compile else critic_loss
+    loss_function = torch.compile(critic_loss) if args.compile else critic_loss
     act = torch.compile(agent.act) if args.compile and device.type == "cuda" else agent.act
     obs = np.zeros((T, N, *envs.single_observation_space.shape), np.float32)
     next_obs = np.zeros_like(obs)  # what action t led to, before any reset
@@ -426,27 +429,25 @@ def main(args: Args) -> None:
         batch = [x.flatten(0, 1) for x in (t_obs, t_actions, advantages)]  # each [B, ...]
         with torch.no_grad():
             old_policy = agent.policy(batch[0])
-        loss, _ = evaluate(agent, old_policy, *batch)
+        loss, _ = loss_and_kl(agent, old_policy, *batch)
         loss.backward()
         gradient = -grad.clone()
         grad.zero_()
-        # The step whose KL is delta by the quadratic model, with the damped F that gave u.
         u, fisher_u = natural_direction(agent, params, gradient, *batch[:2], args)
         curvature = (u @ fisher_u).item()
         scale = args.learning_rate * decay
-        if args.step_rule == "kl":
+        if args.step_rule == "kl":  # 1/2 s^T F s = delta, by the damped F that gave u
             scale = math.sqrt(2 * args.max_kl / curvature) if curvature else 0.0
-        if curvature:
-            theta.data += scale * u
+        theta.data += scale * u
         with torch.no_grad():
-            new_loss, kl = evaluate(agent, old_policy, *batch)
-        v_loss = fit_critic(value_function, agent, optimizer, batch[0], returns.flatten(), args)
+            new_loss, kl = loss_and_kl(agent, old_policy, *batch)
+        v_loss = fit_critic(loss_function, agent, optimizer, batch[0], returns.flatten(), args)
         if args.norm_obs:  # only now, so that the whole iteration saw one normalisation
             agent.obs_stats.update(batch[0])
 
         # --- 4. Log ---
         losses = {
-            "policy_loss": loss.item(), "value_loss": v_loss,
+            "policy_loss": new_loss.item(), "value_loss": v_loss,
             "entropy": old_policy.entropy().mean().item(),
             "kl": kl.item(), "quadratic_kl": 0.5 * scale**2 * curvature,
             "improvement": (loss - new_loss).item(),
@@ -457,7 +458,7 @@ def main(args: Args) -> None:
         }
         unexplained = (returns - old_values).var() / returns.var().clamp(min=1e-8)
         losses["explained_variance"] = 1 - unexplained.item()
-        run.log(losses, args.learning_rate * decay)
+        run.log(losses, scale)
     run.finish(num_iterations)
 
 
@@ -551,9 +552,9 @@ def check_args(args: Args) -> torch.device:
         ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
-        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef cg_residual_tol"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():

@@ -495,9 +495,9 @@ def check_args(args: Args) -> torch.device:
         ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
-        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef cg_residual_tol"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():

@@ -2,36 +2,36 @@
 
 Williams 1992, Machine Learning 8, 229-256; the theorem: Sutton et al. 1999, NIPS 12.
 
-Play M episodes with pi, step along a sample of the gradient of the expected return R, throw the
-episodes away:
+Play M = N num_episodes episodes with pi, step along a sample of the gradient of the expected
+return R, throw the episodes away:
 
     R = r_0 + gamma r_1 + gamma^2 r_2 + ...,      G_t = r_t + gamma r_{t+1} + ...
     grad E[R] = E[ sum_t grad log pi(a_t|s_t) R ] = E[ sum_t grad log pi(a_t|s_t) gamma^t G_t ]
     g = 1/M sum over episodes and over t of grad log pi(a_t|s_t) (G_t - b_t)
 
-G_t stands for R (--no-reward-to-go: R itself), as a_t cannot change what was paid before it.
-Everybody drops gamma^t, and so does this: with gamma < 1, g is not the gradient of the discounted
-return, nor of any function (Nota & Thomas 2020, arXiv:1906.07073). A baseline b_t that a_t has no
-part in keeps the mean of g and lowers its variance: the mean R of the other episodes, or a critic
-V(s_t) fitted on earlier ones. The sum is divided by the number of episodes: to divide by that of
-steps would weigh long and short episodes anew in every batch, which is biased.
+G_t may stand for R, as a_t cannot change what was paid before it. Like most code this then drops
+gamma^t: with gamma < 1, E[g] is not the gradient of the discounted return, nor in general of any
+function (Nota & Thomas 2020, arXiv:1906.07073); with R (--no-reward-to-go) it is. A baseline b_t
+that a_t has no part in keeps E[g] and lowers its variance: the mean R of the other episodes, or a
+critic V(s_t) fitted on earlier ones. The sum is divided by M, not by the number of steps: that is
+random and depends on the actions, so the mean of the quotient would not be the gradient.
 
 How far to step (--step-rule), at a rate alpha_k that --lr-schedule lowers:
 
-    gradient    alpha g                     the longer, the steeper: blind
-    adam        alpha m / (sqrt(v) + eps)   each component by its own recent size
-    clip-norm   alpha g min(1, L / |g|)     direction kept
-    clip-value  alpha clip(g, -L, L)        by component: the direction may turn
-    restricted  sqrt(2 eps) g / |g|         argmax g.d with 1/2 |d|^2 <= eps: equally long always
-                                            (times alpha_k / alpha_0)
+    gradient    alpha g                        as long as g is steep: blind
+    adam        alpha m / (sqrt(v) + 1e-5)     each component by its own recent size
+    clip-norm   alpha g min(1, L / |g|)        direction kept
+    clip-value  alpha clip(g, -L, L)           by component: the direction may turn
+    restricted  sqrt(2 eps) g / |g| alpha_k / alpha_0    argmax g.d with 1/2 |d|^2 <= eps: as long
+                                               for any g, and alpha_0 drops out
 
 All of them measure the step d in parameters, not in what it does to the policy: that is npg.py.
 
-Time limits: Monte Carlo takes an episode that was cut for one that ended: what would have come
-later counts 0. --bootstrap-truncated counts it as V of the last observation instead.
-Deviation: advantages are normalised, unless --norm-adv none; Adam's step hardly feels it.
+Time limits: an episode cut by one is treated as if it had ended there: what would have come later
+counts 0, or, with --bootstrap-truncated, as V of the last observation.
+Deviation: --norm-adv batch subtracts the mean too; to compare baselines take --norm-adv none.
 Curves: grad_norm against step_norm |d| is the step rule at work. A return that jumps and collapses:
-too long a step. entropy near 0 with a poor return: exploration died.
+too long a step. Low entropy (negative for real-valued actions), poor return: exploration died.
 
 Run: python reinforce.py                 All flags: python reinforce.py --help
 """
@@ -108,7 +108,7 @@ class Args:
     total_timesteps: int = 500_000
     """environment steps of the run, rounded up to whole iterations"""
     learning_rate: float = 3e-3
-    """alpha_0 of the step rules, and Adam's step size"""
+    """alpha_0 of the step rules, but for restricted, where step_eps says it all"""
     lr_schedule: Literal["constant", "linear", "robbins-monro"] = "linear"
     """alpha_0; lowered linearly to 0; or alpha_0 / (1 + k/k0) in iteration k"""
     robbins_monro_k0: float = 100.0
@@ -244,7 +244,7 @@ def compute_returns(rewards, last_values, dones, gamma):
 
 
 def whole_returns(returns, dones):
-    """R(tau) at every step of an episode: the G_t of its first step, NumPy [T, N] each."""
+    """R at every step of an episode: the G_t of its first step, NumPy [T, N] each."""
     whole = returns.copy()
     for t in range(1, len(returns)):
         whole[t] = np.where(dones[t - 1], returns[t], whole[t - 1])
@@ -286,7 +286,7 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 METRICS = ("policy_loss", "entropy")
 
 def total_loss(agent: Agent, batch, num_episodes: int, args: Args):
-    """Its gradient is -g, less the entropy bonus; and METRICS, as one tensor."""
+    """Minus L, whose gradient is g and that of the entropy bonus; and METRICS, as one tensor."""
     obs, actions, advantages, _ = batch
     policy = agent.policy(obs)
     logprobs, entropy = policy.log_prob(actions), policy.entropy()
@@ -331,7 +331,7 @@ def main(args: Args) -> None:
     N = args.num_envs
     M = N * args.num_episodes  # environments, episodes of an iteration
     if args.baseline == "mean" and M == 1:
-        refuse("--baseline mean is that of the other episodes: take --num-envs 2 or more")
+        refuse("--baseline mean is that of the other episodes: take two or more")
     if args.bootstrap_truncated and args.baseline != "value":
         refuse("--bootstrap-truncated takes the critic's values: it needs --baseline value")
     to_tensor = lambda x: torch.from_numpy(x).to(device)
@@ -350,8 +350,8 @@ def main(args: Args) -> None:
     run = Run(args, agent, optimizer, args.total_timesteps)
     if run.extra:
         critic_optimizer.load_state_dict(run.extra["critic"])
-    wrap = torch.compile if args.compile else lambda function: function
-    loss_function, value_function = wrap(total_loss), wrap(critic_loss)
+    loss_function = torch.compile(total_loss) if args.compile else total_loss
+    value_function = torch.compile(critic_loss) if args.compile else critic_loss
     act = torch.compile(agent.act) if args.compile and device.type == "cuda" else agent.act
     current_obs, iteration = np.zeros(0), run.iteration
     while run.step < args.total_timesteps:
@@ -375,8 +375,9 @@ def main(args: Args) -> None:
         for env in envs.unwrapped.envs:
             env.episodes_left = args.num_episodes
         while (played := np.array([env.episodes_left > 0 for env in envs.unwrapped.envs])).any():
-            if len(rollout) > args.total_timesteps:
-                refuse(f"an episode did not end in {len(rollout)} steps; kept: {run.checkpoint}", 1)
+            if len(rollout) > args.total_timesteps * args.num_episodes:
+                words = f"an episode did not end in {args.total_timesteps} steps"
+                refuse(f"{words}; kept: {run.checkpoint}", 1)
             obs = current_obs.astype(np.float32)
             with torch.inference_mode():
                 actions = act(to_tensor(obs), agent.draw_noise(N)).cpu().numpy()
@@ -399,7 +400,7 @@ def main(args: Args) -> None:
             agent.return_stats.update(to_tensor(sums[played]))
             scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
         outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
-        advantages, returns, values = estimate_advantages(agent, *outcome, args)
+        advantages, returns, old_values = estimate_advantages(agent, *outcome, args)
 
         # --- 3. Update ---
         mask = to_tensor(played)
@@ -424,9 +425,10 @@ def main(args: Args) -> None:
 
         # --- 4. Log ---
         losses: dict[str, float] = dict(zip(METRICS, metrics.tolist()))
-        losses |= {"value_loss": v_loss, "grad_norm": grad_norm, "step_norm": step_norm}
-        unexplained = (returns - values)[mask].var() / batch[3].var().clamp(min=1e-8)
-        losses["explained_variance"] = 1 - unexplained.item()
+        losses |= {"grad_norm": grad_norm, "step_norm": step_norm}
+        if args.baseline == "value":
+            unexplained = (returns - old_values)[mask].var() / batch[3].var().clamp(min=1e-8)
+            losses |= {"value_loss": v_loss, "explained_variance": 1 - unexplained.item()}
         run.log(losses, learning_rate)
         iteration += 1
     run.finish(iteration, critic=critic_optimizer.state_dict())
@@ -522,9 +524,9 @@ def check_args(args: Args) -> torch.device:
         ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
-        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef cg_residual_tol"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():

@@ -6,9 +6,10 @@ Schulman et al. 2015, arXiv:1502.05477; equation numbers are that paper's.
     subject to mean KL(pi_old(.|s_t), pi(.|s_t)) <= delta                           (Eq. 14)
 
 A linear model of L, with gradient g, and a quadratic one of the KL, with Hessian F (the Fisher
-information), are solved by npg.py's step s = sqrt(2 delta / u^T F u) u with u = F^-1 g; npg.py says
+information), give npg.py's step s = sqrt(2 delta / u^T F u) u with u = F^-1 g (Eq. 17); npg.py says
 how, without forming F, and what damping does. Both models hold for small steps only, so theta +
-beta^k s is tried for k = 0, 1, 2, ... (appendix C), and taken is the first that
+beta^k s is tried for k = 0, 1, 2, ... (appendix C, where s and beta mean u and the root), and taken
+is the first that
 
     improves L, and has a mean KL, measured on the batch, of at most delta.
 
@@ -19,12 +20,12 @@ How far to step: as far as the policy may change, and no further than it pays.
 Changes from npg.py: the line search. Deviations: damping; advantages by GAE and normalised; the
 critic is fitted by Adam, after the step; the search ends after --backtrack-iters.
 
-Curves: improvement_ratio, the actual gain over the expected one, is 1 where the linear model of L
-holds; near 0 or below: max_kl is too large, or the batch too small. kl against quadratic_kl is the
-same for the KL. backtracks usually 0 or 1; many, and accepted below 1: the models do not hold at
-this length; lower max_kl, raise cg_damping. cg_residual |F u - g| / |g| near 1: u is little better
-than g; more cg_iters. grad_norm is |g|, step_norm |s|: s stays as long as the policy allows when g
-fades. update_skipped: curvature or gradient were not usable.
+Curves: improvement_ratio, the gain in L on this batch over the linear model's, is 1 where that
+holds and 0 if no step was taken; far below 1: lower max_kl. kl below quadratic_kl is damping, far
+above it: that model fails. backtracks is 0 or 1 as a rule, backtrack_iters if none was accepted
+(accepted 0); many: lower max_kl, raise cg_damping. cg_residual |F u - g| / |g|: 0 is solved; large:
+more cg_iters. grad_norm is |g|; step_norm, |beta^k s|, does not shrink with g. update_skipped:
+u^T F u was 0, negative or not finite. charts/learning_rate: |beta^k s| / |u|.
 
 Run: python trpo.py                      All flags: python trpo.py --help
 """
@@ -101,7 +102,7 @@ class Args:
     # --- algorithm ---
     total_timesteps: int = 100_000
     """environment steps of the run, rounded down to whole iterations of N T"""
-    learning_rate: float = 0.1
+    learning_rate: float = 1.0
     """alpha of --step-rule fixed"""
     anneal_lr: bool = True
     """lower alpha and the critic's step size linearly to 0"""
@@ -126,11 +127,11 @@ class Args:
     fisher_fraction: float = 1.0
     """part of the batch, drawn anew each time, that F is estimated on, in (0, 1]"""
     cg_iters: int = 10
-    """most iterations of conjugate gradient"""
+    """--fisher cg: most iterations of conjugate gradient"""
     cg_damping: float = 0.1
     """added to F's diagonal"""
     cg_residual_tol: float = 1e-6
-    """conjugate gradient ends once |F u - g| / |g| is at most this"""
+    """--fisher cg: ends once |F u - g| / |g| is at most this, in (0, 1)"""
     value_learning_rate: float = 1e-3
     """Adam's step size for the critic"""
     value_epochs: int = 10
@@ -252,7 +253,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> T
     return -((logprobs - old_logprobs).exp() * advantages).mean()
 
 
-def evaluate(agent: Agent, old_policy, obs: Tensor, actions: Tensor, advantages: Tensor):
+def loss_and_kl(agent: Agent, old_policy, obs: Tensor, actions: Tensor, advantages: Tensor):
     """policy_loss and mean KL(pi_old, pi) of the policy as it is."""
     policy = agent.policy(obs)
     loss = policy_loss(policy.log_prob(actions), old_policy.log_prob(actions), advantages)
@@ -302,10 +303,10 @@ def information(outputs: Tensor, discrete: bool, vectors: Tensor) -> Tensor:
 def fisher_products(agent: Agent, params: list[nn.Parameter], obs: Tensor):
     """The function v -> F v, tensors [P], F the mean over obs; one graph serves all v."""
     outputs = agent.actor(agent.normalize(obs))
-    # M's blocks for means and log stds are apart, so that these may stand side by side.
+    # The log stds count as outputs too; M has no terms between them and the means.
     if agent.log_std is not None:
         outputs = torch.cat([outputs, agent.log_std.expand_as(outputs)], -1)
-    # J^T w is linear in w: its derivative in w, along v, is J v, whatever w is.
+    # v . (J^T w) is linear in w, so that its gradient in w is J v, whatever w is.
     w = torch.zeros_like(outputs, requires_grad=True)
     pulled = flat_gradient(outputs, params, w, create_graph=True)
 
@@ -318,7 +319,7 @@ def fisher_products(agent: Agent, params: list[nn.Parameter], obs: Tensor):
 
 
 def fisher_diagonal(agent: Agent, params: list[nn.Parameter], obs: Tensor, actions: Tensor):
-    """Mean of (d log pi(a|s) / d theta_i)^2 over samples, [P]; the mean score squared is not it."""
+    """Mean of (d log pi(a|s) / d theta_i)^2 over samples, [P]; the squared mean score is not it."""
     samples = zip(obs.split(1), actions.split(1))
     scores = (flat_gradient(agent.policy(s).log_prob(a), params) for s, a in samples)
     return sum(score**2 for score in scores) / len(obs)
@@ -326,7 +327,7 @@ def fisher_diagonal(agent: Agent, params: list[nn.Parameter], obs: Tensor, actio
 
 def conjugate_gradient(matvec, b: Tensor, iters: int, residual_tol: float) -> Tensor:
     """x with A x = b, A symmetric and positive definite and given as matvec, tensors [P]. Ends
-    after iters, with |A x - b| <= residual_tol |b|, or where A curves down."""
+    after iters, with |A x - b| <= residual_tol |b|, or where A does not curve up."""
     x, residual, direction, squared = torch.zeros_like(b), b, b, b @ b
     for _ in range(iters):
         product = matvec(direction)
@@ -349,13 +350,15 @@ def natural_direction(agent: Agent, params, gradient: Tensor, obs, actions, args
     if args.fisher == "diagonal":
         diagonal = fisher_diagonal(agent, params, obs, actions) + args.cg_damping
         damped = lambda v: diagonal * v
-        u = gradient / diagonal
+        u = torch.where(diagonal > 0, gradient / diagonal, 0)
     else:
         product = fisher_products(agent, params, obs)
         damped = lambda v: product(v) + args.cg_damping * v
         if args.fisher == "explicit":
             identity = torch.eye(len(gradient)).to(gradient)
-            u = torch.linalg.solve(torch.stack([damped(x) for x in identity]), gradient)
+            matrix = torch.stack([damped(x) for x in identity])
+            # Undamped it is singular: all logits may shift alike.
+            u = torch.linalg.pinv(matrix, hermitian=True) @ gradient
         else:
             u = conjugate_gradient(damped, gradient, args.cg_iters, args.cg_residual_tol)
     fisher_u = damped(u)
@@ -398,7 +401,7 @@ def main(args: Args) -> None:
         play(args, agent)
         return
     run = Run(args, agent, optimizer, num_iterations * B)
-    value_function = torch.compile(critic_loss) if args.compile else critic_loss
+    loss_function = torch.compile(critic_loss) if args.compile else critic_loss
     act = torch.compile(agent.act) if args.compile and device.type == "cuda" else agent.act
     obs = np.zeros((T, N, *envs.single_observation_space.shape), np.float32)
     next_obs = np.zeros_like(obs)  # what action t led to, before any reset
@@ -445,28 +448,27 @@ def main(args: Args) -> None:
         batch = [x.flatten(0, 1) for x in (t_obs, t_actions, advantages)]  # each [B, ...]
         with torch.no_grad():
             old_policy = agent.policy(batch[0])
-        loss, _ = evaluate(agent, old_policy, *batch)
+        loss, _ = loss_and_kl(agent, old_policy, *batch)
         loss.backward()
         gradient = -grad.clone()
         grad.zero_()
-        # The step whose KL is delta by the quadratic model, with the damped F that gave u.
         u, fisher_u = natural_direction(agent, params, gradient, *batch[:2], args)
         curvature = (u @ fisher_u).item()
         scale = args.learning_rate * decay
-        if args.step_rule == "kl":
+        if args.step_rule == "kl":  # 1/2 s^T F s = delta, by the damped F that gave u
             scale = math.sqrt(2 * args.max_kl / curvature) if curvature else 0.0
         with torch.no_grad():
-            evaluate_policy = partial(evaluate, agent, old_policy, *batch)
+            evaluate_policy = partial(loss_and_kl, agent, old_policy, *batch)
             shrunk, backtracks = line_search(theta, scale * u, evaluate_policy, loss, args)
             scale *= shrunk
-            new_loss, kl = evaluate(agent, old_policy, *batch)
-        v_loss = fit_critic(value_function, agent, optimizer, batch[0], returns.flatten(), args)
+            new_loss, kl = loss_and_kl(agent, old_policy, *batch)
+        v_loss = fit_critic(loss_function, agent, optimizer, batch[0], returns.flatten(), args)
         if args.norm_obs:  # only now, so that the whole iteration saw one normalisation
             agent.obs_stats.update(batch[0])
 
         # --- 4. Log ---
         losses = {
-            "policy_loss": loss.item(), "value_loss": v_loss,
+            "policy_loss": new_loss.item(), "value_loss": v_loss,
             "entropy": old_policy.entropy().mean().item(),
             "kl": kl.item(), "quadratic_kl": 0.5 * scale**2 * curvature,
             "improvement": (loss - new_loss).item(),
@@ -480,7 +482,7 @@ def main(args: Args) -> None:
         losses["improvement_ratio"] = losses["improvement"] / expected if expected else 0.0
         unexplained = (returns - old_values).var() / returns.var().clamp(min=1e-8)
         losses["explained_variance"] = 1 - unexplained.item()
-        run.log(losses, args.learning_rate * decay)
+        run.log(losses, scale)
     run.finish(num_iterations)
 
 
@@ -574,9 +576,9 @@ def check_args(args: Args) -> torch.device:
         ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha cg_residual_tol"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
-        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef"),
+        ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef cg_residual_tol"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
     ):
         for name in names.split():

@@ -11,4 +11,5 @@ report.py   groups -> tables (report.md, report.csv, README section); plots.py: 
 compare.py  two result sets -> better, worse, or cannot tell
 peers.py    the same task with Stable-Baselines3
 speed.py    steps per second beside the peer's, in pairs
+step_sizes.py  the demonstration of the step-size problem, on reinforce.py
 """

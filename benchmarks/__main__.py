@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks {run,report,compare,speed,random}."""
+"""Command line: python -m benchmarks {run,report,compare,speed,step-sizes,random}."""
 
 import argparse
 import os
@@ -75,6 +75,13 @@ def make_parser() -> Parser:
     speed.add_argument("--results", type=Path, default=RESULTS, help="where speed.json is")
     speed.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
 
+    sizes = commands.add_parser("step-sizes", help="plain ascent beside steps of a fixed length")
+    sizes.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="runs at a time")
+    sizes.add_argument("--seeds", type=positive(int), default=10, help="K: seeds 1 to K")
+    sizes.add_argument("--work", type=Path, default=WORK, help="directory of the runs' own files")
+    sizes.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
+    sizes.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
+
     random = commands.add_parser("random", help="measure random play for the normalised scores")
     random.add_argument("env", nargs="+", help="environments")
     random.add_argument("--results", type=Path, default=RESULTS)
@@ -139,6 +146,13 @@ def main(argv: list[str]) -> int:
             print("".join(line + "\n" for line in skipped), end="")
             speed(tasks, args.pairs, args.work.resolve(), args.results.resolve(), scripts)
             return 0
+        if args.command == "step-sizes":
+            from benchmarks import step_sizes
+
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, interrupt)
+            paths = (x.resolve() for x in (args.work, args.results, args.scripts))
+            return step_sizes.main(*paths, args.jobs, args.seeds)
         ensure_random(args.results, args.env)
         return 0
     except BenchmarkError as error:

@@ -1,6 +1,7 @@
 """The pictures: learning curves per environment, and the aggregate over environments."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ COLORS = {
     "ppo_continuous": "#D55E00",
     "grpo_rloo": "#000000",
 }
+VARIANTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#D55E00")
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -46,14 +48,19 @@ STYLE: Any = {
 }
 
 
-def look(name: str) -> dict[str, Any]:
+def look(name: str, among: Sequence[str] = ()) -> dict[str, Any]:
     """A script's colour; its variants are dotted, its peer is dashed and darker, to be seen where
-    the two coincide."""
+    the two coincide. Where a picture has several variants of a script, each has its own colour."""
     script = base_script(name)
     color = to_rgb(COLORS.get(script, "#888888"))
     if name.startswith("sb3-"):
         return {"color": tuple(0.45 * x for x in color), "linestyle": (0, (2.5, 1.2))}
-    return {"color": color, "linestyle": ":" if name != script else "-"}
+    if name == script:
+        return {"color": color, "linestyle": "-"}
+    variants = [x for x in among if base_script(x) == script and x not in (script, f"sb3-{script}")]
+    if len(variants) > 1:
+        return {"color": to_rgb(VARIANTS[variants.index(name) % len(VARIANTS)]), "linestyle": "-"}
+    return {"color": color, "linestyle": ":"}
 
 
 def short_count(x: float, _position: Any = None) -> str:
@@ -67,14 +74,13 @@ def save(figure: Any, path: Path) -> None:
 
 
 def legend(figure: Any, names: list[str], *others: Line2D) -> None:
-    lines = [Line2D([], [], linewidth=1.8, label=name, **look(name)) for name in names]
-    columns = min(len(names) + len(others), 8)
+    lines = [Line2D([], [], linewidth=1.8, label=name, **look(name, names)) for name in names]
+    columns = min(len(names) + len(others), 4 if max(map(len, names)) > 20 else 8)
     figure.legend(handles=[*lines, *others], loc="outside lower center", ncols=columns)
 
 
-def plot_group(axes: Any, group: Group, x_of: str) -> None:
+def plot_group(axes: Any, group: Group, x_of: str, style: dict[str, Any]) -> None:
     """IQM, interval and single seeds against steps or seconds."""
-    style = look(group.label)
     returns = np.array([record["curve"]["return"] for record in group.records], float)
     if x_of == "steps":
         xs = np.tile(grid_steps(group.steps), (len(returns), 1))
@@ -93,6 +99,7 @@ def plot_group(axes: Any, group: Group, x_of: str) -> None:
 def plot_curves(groups: list[Group], random: dict[str, Any], path: Path) -> None:
     """A column per environment; above against steps, below against training time."""
     envs = list(dict.fromkeys(group.env for group in groups))
+    names = sorted({group.label for group in groups}, key=label_order)
     with plt.rc_context(STYLE):
         size = (max(3.1 * len(envs), 4.5), 5.0)
         figure, grid = plt.subplots(2, len(envs), figsize=size, layout="constrained", squeeze=False)
@@ -100,7 +107,7 @@ def plot_curves(groups: list[Group], random: dict[str, Any], path: Path) -> None
             for axes, x_of in zip(grid[:, column], ("steps", "seconds")):
                 for group in groups:
                     if group.env == env:
-                        plot_group(axes, group, x_of)
+                        plot_group(axes, group, x_of, look(group.label, names))
                 if env in random:
                     axes.axhline(random[env]["mean"], color="#888888", linewidth=0.8, zorder=1)
                 axes.set_xlim(left=0)
@@ -111,7 +118,6 @@ def plot_curves(groups: list[Group], random: dict[str, Any], path: Path) -> None
             grid[1, column].set_xlabel("training time (s)")
         for axes in grid[:, 0]:
             axes.set_ylabel("return of an episode")
-        names = sorted({group.label for group in groups}, key=label_order)
         legend(figure, names, Line2D([], [], color="#888888", linewidth=0.8, label="random play"))
         save(figure, path)
 
@@ -137,7 +143,7 @@ def plot_aggregate(normalised: Normalised, path: Path) -> None:
         top = panels[0]
         for row, name in enumerate(names):
             middle, low, high = iqm_interval(scores[name])
-            interval_bar(top, row, middle, low, high, look(name))
+            interval_bar(top, row, middle, low, high, look(name, names))
         top.set_yticks(range(len(names)), names)
         top.set_ylim(len(names) - 0.4, -0.6)
         top.set_xlabel("normalised score, IQM")
@@ -148,8 +154,9 @@ def plot_aggregate(normalised: Normalised, path: Path) -> None:
         thresholds = np.linspace(lowest - margin, highest + margin, 201)
         for name in names:
             share, low, high = performance_profile(scores[name], thresholds)
-            panels[1].plot(thresholds, share, linewidth=1.8, **look(name))
-            panels[1].fill_between(thresholds, low, high, color=look(name)["color"], alpha=0.15,
+            style = look(name, names)
+            panels[1].plot(thresholds, share, linewidth=1.8, **style)
+            panels[1].fill_between(thresholds, low, high, color=style["color"], alpha=0.15,
                                    linewidth=0)
         panels[1].set_xlabel(r"normalised score $\tau$")
         panels[1].set_ylabel(r"share of runs above $\tau$")
@@ -158,7 +165,7 @@ def plot_aggregate(normalised: Normalised, path: Path) -> None:
         if chances:
             for row, (x, y) in enumerate(chances):
                 chance = paired_interval(probability_of_improvement, scores[x], scores[y])
-                interval_bar(panels[2], row, *chance, look(x))
+                interval_bar(panels[2], row, *chance, look(x, names))
             panels[2].axvline(0.5, color="#888888", linewidth=0.8, zorder=1)
             panels[2].set_yticks(range(len(chances)), [f"{x}\nover {y}" for x, y in chances])
             panels[2].set_ylim(len(chances) - 0.4, -0.6)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import step_sizes
 from benchmarks.groups import (
     Group,
     Normalised,
@@ -156,6 +157,8 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
             lines += suite_section(name, groups, notes, scores, pictures)
         if not check:
             print("\n".join(notes), end="\n" * bool(notes))
+    for pictures, lines in sections.items():
+        lines += step_sizes.section(results, pictures)
     if timed := read_speed(results):
         for lines in sections.values():
             lines += speed_section(timed)
@@ -177,6 +180,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         stale = [p for p, text in texts.items() if not p.exists() or p.read_text() != text]
         pictures = [results / f"{name}_curves.png" for name, _, _ in todo]
         pictures += [results / f"{name}_aggregate.png" for name, _, s in todo if s.scores]
+        pictures += [results / step_sizes.PICTURE] * bool(step_sizes.summary(results))
         stale += [path for path in pictures if not path.exists()]
         for path in stale:
             print(f"{path} is stale: python -m benchmarks report", file=sys.stderr)
@@ -187,6 +191,8 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         plot_curves(groups, random, results / f"{name}_curves.png")
         if scores.scores:
             plot_aggregate(scores, results / f"{name}_aggregate.png")
+    if step_sizes.summary(results):
+        step_sizes.plot(results)
     for path, text in texts.items():
         write_atomically(path, text)
         print(f"wrote {path}")

@@ -17,7 +17,18 @@ import pytest
 from scipy import stats as scipy_stats
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import compare, groups, peers, report, results, runner, speed, stats, suites
+from benchmarks import (
+    compare,
+    groups,
+    peers,
+    report,
+    results,
+    runner,
+    speed,
+    stats,
+    step_sizes,
+    suites,
+)
 from benchmarks.__main__ import main
 from benchmarks.engine import LocalEngine
 
@@ -524,6 +535,57 @@ def test_speed_end_to_end(tmp_path, capsys):
     suite.write_text('[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 1\n')
     assert main([*command, str(tmp_path / "results")]) == 2
     assert "less than one iteration" in capsys.readouterr().err
+
+
+# --- Step sizes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parts, expected",
+    [
+        ([(20, 100)], "not learned"),
+        ([(20, 50), (400, 3), (20, 47)], "learned not long enough"),
+        ([(20, 30), (400, 30), (210, 40)], "learned"),
+        ([(20, 30), (400, 30), (190, 40)], "collapsed"),
+        ([(20, 30), (400, 30), (10, 30), (400, 10)], "learned"),  # it has recovered
+        ([(None, 5), (20, 30), (400, 30), (10, 35)], "collapsed"),  # no episode had ended at first
+    ],
+)
+def test_the_fate_of_a_run_is_as_defined(parts, expected):
+    """Best: the largest mean over 5 points in a row; end: the mean over the last 10."""
+    curve = [value for value, count in parts for _ in range(count)]
+    if expected == "learned not long enough":  # 3 of 5 points at 400 are a mean of 248
+        assert step_sizes.fate({"curve": {"return": curve}}) == "collapsed"
+        curve = [60 if value == 400 else value for value in curve]
+        expected = "not learned"
+    assert len(curve) == 100
+    assert step_sizes.fate({"curve": {"return": curve}}) == expected
+
+
+def test_step_sizes_end_to_end(tmp_path, monkeypatch, capsys):
+    """Two alphas, two seeds, a few updates: the restricted steps get the plain ones' length."""
+    monkeypatch.setattr(step_sizes, "ALPHAS", (1e-4, 1e-3))
+    monkeypatch.setattr(step_sizes, "STEPS", 6000)
+    paths = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    assert main(["step-sizes", "--seeds", "2", *paths]) == 0
+    rows = step_sizes.summary(tmp_path)
+    assert [(r["alpha"], r["rule"], r["seeds"]) for r in rows] == [
+        (1e-4, "plain", 2), (1e-4, "restricted", 2), (1e-3, "plain", 2), (1e-3, "restricted", 2)
+    ]
+    lengths = {}
+    for job in (tmp_path / "work").iterdir():
+        flags = json.loads((job / "job.json").read_text())["command"]
+        _, norms = results.read_scalars(job / "run", "losses/step_norm")
+        lengths.setdefault(flags[flags.index("--step-rule") + 1], []).append(norms[:10])
+    for plain, restricted in zip((1e-4, 1e-3), (rows[1], rows[3]), strict=True):
+        same = [x for x in lengths["restricted"] if np.allclose(x, restricted["length"], rtol=1e-3)]
+        assert len(same) == 2, plain
+    every = np.concatenate(lengths["gradient"]).mean() * 2  # both alphas have as many points
+    assert rows[0]["length"] + rows[2]["length"] == pytest.approx(every, rel=0.2)
+    step_sizes.plot(tmp_path)
+    text = "\n".join(step_sizes.section(tmp_path, ""))
+    assert (tmp_path / step_sizes.PICTURE).exists() and "| 0.0001 | " in text
+    assert capsys.readouterr().out.count('"rule"') == 4
 
 
 # --- Running: scripts that do what they should not ------------------------------------------------

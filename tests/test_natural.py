@@ -212,7 +212,7 @@ def bandit(scales=(1.0, 1.0)):
 def gradient_of(agent, params, obs, actions, advantages):
     with torch.no_grad():
         old = agent.policy(obs)
-    loss, _ = npg.evaluate(agent, old, obs, actions, advantages)
+    loss, _ = npg.loss_and_kl(agent, old, obs, actions, advantages)
     return old, -npg.flat_gradient(loss, params)
 
 
@@ -313,7 +313,7 @@ def trpo_step(agent, params, theta, obs, actions, advantages, args):
     curvature = (u @ fisher_u).item()
     scale = math.sqrt(2 * args.max_kl / curvature) if curvature else 0.0
     with torch.no_grad():
-        evaluate = partial(trpo.evaluate, agent, old, obs, actions, advantages)
+        evaluate = partial(trpo.loss_and_kl, agent, old, obs, actions, advantages)
         before, _ = evaluate()
         shrunk, backtracks = trpo.line_search(theta, scale * u, evaluate, before, args)
         after, kl = evaluate()
