@@ -321,8 +321,8 @@ def fisher_products(agent: Agent, params: list[nn.Parameter], obs: Tensor):
 def fisher_diagonal(agent: Agent, params: list[nn.Parameter], obs: Tensor, actions: Tensor):
     """Mean of (d log pi(a|s) / d theta_i)^2 over samples, [P]; the squared mean score is not it."""
     samples = zip(obs.split(1), actions.split(1))
-    scores = (flat_gradient(agent.policy(s).log_prob(a), params) for s, a in samples)
-    return sum(score**2 for score in scores) / len(obs)
+    scores = [flat_gradient(agent.policy(s).log_prob(a), params) for s, a in samples]
+    return (torch.stack(scores) ** 2).mean(0)
 
 
 def conjugate_gradient(matvec, b: Tensor, iters: int, residual_tol: float) -> Tensor:

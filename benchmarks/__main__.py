@@ -151,8 +151,7 @@ def main(argv: list[str]) -> int:
 
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, interrupt)
-            paths = (x.resolve() for x in (args.work, args.results, args.scripts))
-            return step_sizes.main(*paths, args.jobs, args.seeds)
+            return step_sizes.main(args.work, args.results, args.scripts, args.jobs, args.seeds)
         ensure_random(args.results, args.env)
         return 0
     except BenchmarkError as error:

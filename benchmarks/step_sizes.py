@@ -177,7 +177,8 @@ def plot(results: Path) -> None:
 def main(work: Path, results: Path, scripts: Path, parallel: int, seeds: int) -> int:
     if not (scripts / "reinforce.py").is_file():
         raise BenchmarkError(f"there is no script reinforce.py in {scripts}")
-    complete = run(work, results, scripts, parallel, seeds)
+    results = results.resolve()
+    complete = run(work.resolve(), results, scripts.resolve(), parallel, seeds)
     for row in summary(results):
         shown = {k: v for k, v in row.items() if k not in ("record", "finals")}
         print(json.dumps(shown | {"mean": round(float(row["finals"].mean()), 1)}))
