@@ -5,11 +5,12 @@ with --step-rule restricted, theta <- theta + sqrt(2 eps) g/|g|, at six eps, eac
 alpha: sqrt(2 eps) is the mean |alpha g| over the first ten points of the plain runs' curves, all
 seeds together (a point is one update, or two where episodes are very short).
 
-Stated before the first of these runs was made: let R_k be the mean return of the training episodes
-in the k-th of 100 equal parts of a run. Its best is the largest mean over five R_k in a row, its
-end the mean of the last ten. A run has learned if its best is at least 100 (random play: 22; the
-most there is: 500); it has collapsed, and not recovered, if it has learned and its end is below
-half of its best.
+Stated before the campaign (after three single runs that found the range of the alphas): let R_k be
+the mean return of the training episodes in the k-th of 100 equal parts of a run. Its best is the
+largest mean over five R_k in a row, its end the mean of the last ten. A run has learned if its best
+is at least 100 (random play returns about 24, 500 is the most there is). It has collapsed, and not
+recovered, if it has learned and its end is below half of its best, or if, learned or not, its end
+is below half of what random play returns.
 """
 
 import json
@@ -20,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engine import LocalEngine
-from benchmarks.results import read_records, read_scalars
+from benchmarks.results import ensure_random, read_random, read_records, read_scalars
 from benchmarks.runner import Campaign
 from benchmarks.stats import iqm_interval
 from benchmarks.suites import BenchmarkError, Job, Task, make_jobs
 
 ENV, STEPS, SEEDS = "CartPole-v1", 200_000, 10
-ALPHAS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+ALPHAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FLAGS = {"num_envs": 16, "lr_schedule": "constant", "norm_adv": "none"}
 DIRECTORY, FILE, PICTURE = "step_sizes", "step_sizes.jsonl", "step_sizes.png"
 LEARNED, FIRST = 100, 10
@@ -55,14 +56,14 @@ def first_step_length(run_dirs: list[Path]) -> float:
     return float(f"{np.concatenate(steps).mean():.4g}")
 
 
-def fate(record: dict[str, Any]) -> str:
-    """collapsed, learned or not learned, as defined above."""
+def fate(record: dict[str, Any], random: float) -> str:
+    """collapsed, learned or not learned, as defined above; random is random play's return."""
     curve = np.array([np.nan if x is None else x for x in record["curve"]["return"]], float)
     curve = curve[~np.isnan(curve)]
-    best = np.convolve(curve, np.full(5, 0.2), "valid").max()
-    if best < LEARNED:
-        return "not learned"
-    return "collapsed" if curve[-10:].mean() < best / 2 else "learned"
+    best, end = np.convolve(curve, np.full(5, 0.2), "valid").max(), curve[-10:].mean()
+    if end < random / 2 or (best >= LEARNED and end < best / 2):
+        return "collapsed"
+    return "learned" if best >= LEARNED else "not learned"
 
 
 def run(work: Path, results: Path, scripts: Path, parallel: int, seeds: int = SEEDS) -> bool:
@@ -74,6 +75,7 @@ def run(work: Path, results: Path, scripts: Path, parallel: int, seeds: int = SE
         jobs = make_jobs(tasks, seeds, scripts)
         return Campaign(jobs, work, path, LocalEngine(), parallel, None).run(), jobs
 
+    ensure_random(results, [ENV])
     complete, jobs = campaign(plain_tasks())
     if not complete:
         return False
@@ -89,8 +91,7 @@ def summary(results: Path) -> list[dict[str, Any]]:
     path = results / DIRECTORY / FILE
     if not path.exists():
         return []
-    rows = []
-    records = read_records(path)
+    rows, records, random = [], read_records(path), read_random(results)[ENV]["mean"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault(record["variant"], []).append(record)
@@ -101,7 +102,7 @@ def summary(results: Path) -> list[dict[str, Any]]:
             lengths[variant.removeprefix("restricted, as ")] = math.sqrt(2 * eps)
     for variant, group in groups.items():
         rule, alpha = variant.split(",")[0], variant.rsplit("alpha ", 1)[1]
-        fates = [fate(record) for record in group]
+        fates = [fate(record, random) for record in group]
         finals = np.array([record["train_return_last100"] for record in group])
         rows.append({
             "rule": rule, "alpha": float(alpha), "length": lengths.get(f"alpha {alpha}", math.nan),
@@ -122,9 +123,9 @@ def section(results: Path, pictures: str) -> list[str]:
         f"![Final return and collapse against the length of the step]({pictures}{PICTURE})", "",
         "reinforce.py on CartPole-v1, 200,000 steps, 16 episodes an iteration, raw advantages, a "
         "constant rate. Plain: theta + alpha g. Restricted: theta + sqrt(2 eps) g/|g|, where "
-        "sqrt(2 eps) is the mean |alpha g| of the plain runs' first ten updates. Learned: a mean "
-        "return of 100 or more over some 5 % of the run; collapsed: learned, and over the last "
-        "10 % below half of the best (benchmarks/step_sizes.py, fixed before the runs).", "",
+        "sqrt(2 eps) is the mean |alpha g| of the plain runs' first updates. Learned: a mean "
+        "return of 100 or more over some 5 % of the run. Collapsed: over the last 10 % below half "
+        "of that best, or of random play (benchmarks/step_sizes.py, fixed before the runs).", "",
         "| alpha | sqrt(2 eps) | Rule | Seeds | Final return: IQM [95 % interval] | Learned "
         "| Collapsed | Not learned |",
         "|--:|--:|---|--:|--:|--:|--:|--:|",

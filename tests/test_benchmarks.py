@@ -547,6 +547,8 @@ def test_speed_end_to_end(tmp_path, capsys):
         ([(20, 50), (400, 3), (20, 47)], "learned not long enough"),
         ([(20, 30), (400, 30), (210, 40)], "learned"),
         ([(20, 30), (400, 30), (190, 40)], "collapsed"),
+        ([(20, 10), (11, 90)], "collapsed"),  # below half of random play
+        ([(20, 10), (13, 90)], "not learned"),
         ([(20, 30), (400, 30), (10, 30), (400, 10)], "learned"),  # it has recovered
         ([(None, 5), (20, 30), (400, 30), (10, 35)], "collapsed"),  # no episode had ended at first
     ],
@@ -555,11 +557,11 @@ def test_the_fate_of_a_run_is_as_defined(parts, expected):
     """Best: the largest mean over 5 points in a row; end: the mean over the last 10."""
     curve = [value for value, count in parts for _ in range(count)]
     if expected == "learned not long enough":  # 3 of 5 points at 400 are a mean of 248
-        assert step_sizes.fate({"curve": {"return": curve}}) == "collapsed"
+        assert step_sizes.fate({"curve": {"return": curve}}, 24) == "collapsed"
         curve = [60 if value == 400 else value for value in curve]
         expected = "not learned"
     assert len(curve) == 100
-    assert step_sizes.fate({"curve": {"return": curve}}) == expected
+    assert step_sizes.fate({"curve": {"return": curve}}, 24) == expected
 
 
 def test_step_sizes_end_to_end(tmp_path, monkeypatch, capsys):
@@ -803,7 +805,7 @@ def test_what_a_killed_harness_left_running_is_ended(fake):
     "arguments, words",
     [
         (["run", "clasic"], "no suite clasic; there are: choices, classic, "),
-        (["run", "classic", "--only", "pppo"], "no script pppo in suite classic; there are: ppo"),
+        (["run", "classic", "--only", "pppo"], "no script pppo in suite classic; there are: "),
         (["run", "classic", "--env", "CartPole-v9"], "no environment CartPole-v9 in suite classic"),
         (["run", "smoke", "--scripts", "tests", "--only", "ppo"], "there is no script ppo.py in"),
         (["run", "smoke", "--jobs", "0"], "argument --jobs: 0 is not above 0"),
