@@ -567,13 +567,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check_args(args: Args) -> torch.device:
     """Refuse what is out of range, in every script what it has; seed the initial weights."""
     counts = "total_timesteps num_envs num_steps num_episodes num_minibatches update_epochs"
-    counts += " value_epochs cg_iters backtrack_iters hidden_size"
+    counts += " value_epochs cg_iters backtrack_iters hidden_size num_prompts group_size width"
+    counts += " microbatches num_layers num_heads dynamic_sampling max_new_tokens"
     reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
     reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate max_kl"
+    reals += " sft_learning_rate temperature clip_coef_high"
+    zeros = "seed ent_coef vf_coef kl_coef cg_damping sft_steps overlong_buffer"
     # A script lacks some of these flags, and one that is None is switched off.
     for words, holds, names in (
         ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
-        ("at least 0", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef kl_coef cg_damping"),
+        ("at least 0", lambda x: 0 <= x < math.inf, zeros),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
         ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
@@ -584,7 +587,7 @@ def check_args(args: Args) -> torch.device:
         for name in names.split():
             if (value := getattr(args, name, None)) is not None and not holds(value):
                 refuse(f"--{name.replace('_', '-')} must be {words}, not {value}")
-    if args.capture_video and not importlib.util.find_spec("moviepy"):
+    if getattr(args, "capture_video", False) and not importlib.util.find_spec("moviepy"):
         refuse("--capture-video needs moviepy: pip install moviepy")
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:

@@ -43,6 +43,8 @@ VARY: dict[str, tuple[str, list[set[str]]]] = {
     "2. Advantages": ("PPO keeps the log-probabilities that acted", [PPO]),
     "3. Update": ("the algorithm", [PPO]),
     "4. Log": ("what an update has to tell", [PPO]),
+    "parse_args": ("grpo_rloo has presets and no videos", [set(LADDER)]),
+    "Run": ("grpo_rloo counts completions and rewards, not steps and episodes", [set(LADDER)]),
 }
 
 
