@@ -388,7 +388,8 @@ def test_countdown_pays_for_the_right_value_by_the_right_numbers(completion, exp
 
 # --- Runs -----------------------------------------------------------------------------------------
 
-TINY = "--sft-steps 5 --num-prompts 4 --group-size 4 --num-minibatches 2 --width 16 --num-layers 1 --num-heads 2 "
+TINY = "--sft-steps 5 --num-prompts 4 --group-size 4 --num-minibatches 2 --width 16 "
+TINY += "--num-layers 1 --num-heads 2 "
 TINY += "--total-timesteps 100 --eval-episodes 20 --checkpoint-every 32"
 
 
