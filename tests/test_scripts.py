@@ -581,7 +581,7 @@ BAD_FLAGS_BOTH = [
 BAD_FLAGS_OF = {
     "reinforce": [
         *BAD_FLAGS_BOTH,
-        ("--baseline mean --num-envs 1", "--num-envs 2"),
+        ("--baseline mean --num-envs 1", "take two or more"),
         ("--baseline none --bootstrap-truncated", "--baseline value"),
         ("--num-episodes 0", "above 0"),
         ("--robbins-monro-k0 0", "above 0"),
