@@ -66,7 +66,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -96,7 +96,7 @@ class Args:
     """torch.compile the loss: a slow start, then faster"""
     # --- task ---
     task: Literal["addition", "countdown", "sort"] = "addition"
-    """12+34= to 46; 3 5 7:22= to 3*5+7; 3142= to 1234"""
+    """07+34= to 41; 3 5 7:22= to 3*5+7; 3142= to 1234"""
     task_file: str | None = None
     """your own task: lines of JSON with "prompt" and "answer", which a completion must equal"""
     max_new_tokens: int | None = None
@@ -104,7 +104,7 @@ class Args:
     # --- algorithm ---
     total_timesteps: int = 102_400
     """completions to sample, rounded down to whole iterations of Q G"""
-    sft_steps: int = 180
+    sft_steps: int = 160
     """minibatches of 64 examples for the supervised warm start"""
     sft_learning_rate: float = 1e-3
     """Adam's step size in the warm start"""
@@ -186,13 +186,13 @@ def encode(text: str) -> list[int]:
 def decode(tokens: list[int]) -> str:
     """The text before the end token."""
     tokens = tokens[: tokens.index(END)] if END in tokens else tokens
-    return "".join(chr(x + FIRST - 2) if x > END else "?" for x in tokens)
+    return "".join(chr(x + FIRST - 2) if x > END else "\ufffd" for x in tokens)
 
 
 def addition(_: random.Random) -> list[tuple[str, str, Any]]:
     """(prompt, answer, key); what has one key stays on one side of the split, as a+b and b+a."""
     pairs = [(a, b) for a in range(100) for b in range(100)]
-    return [(f"{a}+{b}=", str(a + b), tuple(sorted((a, b)))) for a, b in pairs]
+    return [(f"{a:02}+{b:02}=", str(a + b), tuple(sorted((a, b)))) for a, b in pairs]
 
 
 def sort(rng: random.Random) -> list[tuple[str, str, Any]]:
@@ -342,12 +342,12 @@ def generate(agent: Agent, prompts: Tensor, real: Tensor, new_tokens: int, tempe
 
 
 def completion_logprobs(agent: Agent, prompts, real, completions, mask, temperature: float):
-    """log pi of each token of completions [B, L], and the policy's entropy there, by one pass."""
+    """log pi of each token of completions [B, L], 0 outside the mask, and the policy's entropy."""
     tokens, all_real = torch.cat([prompts, completions], 1), torch.cat([real, mask], 1)
     logits, _ = agent(tokens[:, :-1], all_real[:, :-1])
     logprobs = (logits[:, prompts.shape[1] - 1 :] / temperature).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropy
+    return logprobs.gather(-1, completions[..., None]).squeeze(-1) * mask, entropy
 
 
 # --- The algorithm --------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def total_loss(agent: Agent, batch, args: Args):
     logprobs, entropy = completion_logprobs(agent, *sampled, args.temperature)
     pg_loss = policy_loss(logprobs, old_logprobs, advantages, mask, weights, args)
     kl = (weights * kl_estimate(logprobs, old_logprobs, ref_logprobs, args.kl_estimator)).sum()
-    loss = pg_loss + args.kl_coef * kl if args.kl_in == "loss" else pg_loss
+    loss = pg_loss + args.kl_coef * kl if args.kl_coef and args.kl_in == "loss" else pg_loss
     with torch.no_grad():  # share [B, L] is 1 / tokens of the minibatch
         ratio = importance_ratio(logprobs, old_logprobs, mask, args.ratio)
         k1 = old_logprobs - logprobs
@@ -430,13 +430,9 @@ def warm_start(agent: Agent, optimizer, theta, train, widths, args: Args, device
         answers = torch.tensor([row + [PAD] * (widths[1] - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(widths[1]) < lengths[:, None]
-        tokens = torch.cat([prompts, answers], 1).to(device)
-        all_real = torch.cat([real, mask], 1).to(device)
-        logits, _ = agent(tokens[:, :-1], all_real[:, :-1])
-        wanted = tokens[:, 1:].clone()
-        wanted[:, : widths[0] - 1] = -100  # prompts and padding, which cross_entropy leaves out
-        wanted[:, widths[0] - 1 :][~mask.to(device)] = -100
-        cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100).backward()
+        examples = (x.to(device) for x in (prompts, real, answers, mask))
+        logprobs, _ = completion_logprobs(agent, *examples, 1.0)
+        (-logprobs.sum() / mask.sum()).backward()
         nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -448,11 +444,14 @@ def main(args: Args) -> None:
     device = check_args(args)
     Q, G = args.num_prompts, args.group_size
     B = Q * G  # prompts, completions of each, of an iteration
-    num_iterations = args.total_timesteps // B
-    if G < 2 and args.advantage != "none":
+    total_steps = args.total_timesteps // B * B
+    alone = args.advantage in ("none", "reinforce++")  # each completion for itself
+    if G < 2 and not alone:
         refuse("--group-size 1 leaves nothing to compare with: take 2 or more")
-    if args.ratio != "token" and args.loss_norm == "token":
-        refuse(f"--ratio {args.ratio} counts a completion as a whole: --loss-norm sequence")
+    if args.dynamic_sampling > 1 and alone:
+        refuse(f"--dynamic-sampling drops groups that do teach with --advantage {args.advantage}")
+    if args.ratio == "sequence" and args.loss_norm != "sequence":
+        refuse("--ratio sequence counts a completion as a whole: --loss-norm sequence")
     if B % (args.num_minibatches * args.microbatches):
         refuse(f"--num-minibatches and --microbatches must divide the batch of {Q} x {G}")
     if args.width % args.num_heads:
@@ -469,41 +468,42 @@ def main(args: Args) -> None:
     reference = copy.deepcopy(agent).requires_grad_(False)
     theta, grad = flatten_parameters(agent)
     optimizer = torch.optim.Adam([theta], lr=args.sft_learning_rate, fused=True)
-    solve = lambda: accuracy(agent, test[: args.eval_episodes], P, L, args.task, device)
+    task = "file" if args.task_file else args.task
+    solve = lambda: accuracy(agent, test[: args.eval_episodes], P, L, task, device)
     if args.evaluate:
         load_checkpoint(args.evaluate, agent)
         print(f"Evaluated:  accuracy {solve():.1%} on held-out prompts")
         return
-    run = Run(args, (agent, optimizer, reference), num_iterations * B)
+    run = Run(args, (agent, optimizer, reference), total_steps)
     if not args.resume:
         warm_start(agent, optimizer, theta, train, (P, longest + 1), args, device)
         reference.load_state_dict(agent.state_dict())
-        optimizer.load_state_dict(torch.optim.Adam([theta], fused=True).state_dict())
-        run.extra = {"accuracy_sft": solve()}
+        run.extra, run.start = {"accuracy_sft": solve()}, time.perf_counter()
         print(f"Warm start: accuracy {run.extra['accuracy_sft']:.1%} on held-out prompts")
     loss_function = torch.compile(total_loss) if args.compile else total_loss
-    for iteration in range(run.iteration, num_iterations):
+    iteration = run.iteration
+    while run.step < total_steps:
         if run.step >= run.next_checkpoint:
             run.save(iteration)
-            seed_everything(args.seed, iteration, 0)
-        remaining = 1 - iteration / num_iterations
+        seed_everything(args.seed, iteration, 0)
+        remaining = 1 - run.step / total_steps
         learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # --- 1. Collect ---
-        groups, spare, sampled = [], [], 0
+        groups, spare, drawn = [], [], []
         for _ in range(args.dynamic_sampling):
             chosen = [train[i] for i in torch.randint(len(train), (Q,)).tolist()]
             prompts, real = (x.to(device) for x in pad_left([x for x, _ in chosen], P))
             prompts, real = prompts.repeat_interleave(G, 0), real.repeat_interleave(G, 0)
             completions, mask = generate(agent, prompts, real, L, args.temperature)
             texts = [decode(row) for row in completions.tolist()]
-            scored = [reward(args.task, *chosen[i // G], text) for i, text in enumerate(texts)]
+            scored = [reward(task, *chosen[i // G], text) for i, text in enumerate(texts)]
             columns = (prompts, real, completions, mask, torch.tensor(scored, device=device))
+            drawn.append(columns[2:])
             for group in zip(*(x.split(G) for x in columns)):
                 teaches = args.dynamic_sampling == 1 or group[-1].min() < group[-1].max()
                 (groups if teaches else spare).append(group)
-            sampled += B
             if len(groups) >= Q:
                 break
         # Equal rewards teach nothing: they fill up the batch only if nothing better was found.
@@ -518,8 +518,7 @@ def main(args: Args) -> None:
             texts_of = prompts, real, completions, mask
             old_logprobs, _ = completion_logprobs(agent, *texts_of, args.temperature)
             ref_logprobs, _ = completion_logprobs(reference, *texts_of, args.temperature)
-        lengths = mask.sum(1)
-        truncated = ~(completions == END).any(1)
+        lengths, truncated = mask.sum(1), ~(completions == END).any(1)
         rewards = scores.clone()
         if args.overlong_buffer:  # DAPO's soft penalty
             beyond = lengths - (L - args.overlong_buffer)
@@ -550,20 +549,21 @@ def main(args: Args) -> None:
                 updates += 1
 
         # --- 4. Log ---
-        run.step += sampled
+        run.step += B * len(drawn)
+        iteration += 1
         losses: dict[str, float] = dict(zip(METRICS, (metrics / updates).tolist()))
         losses |= {"grad_norm": float(grad_norms) / updates}
-        of_groups = scores.view(Q, G)
+        completions, mask, scores = (torch.cat(x) for x in zip(*drawn))  # not the chosen ones alone
+        of_groups = scores.view(-1, G)
         charts = {
-            "reward": scores.mean().item(), "reward_std": of_groups.std(1).mean().item(),
+            "reward": scores.mean().item(), "accuracy": (scores == 1).float().mean().item(),
             "zero_std": (of_groups.amin(1) == of_groups.amax(1)).float().mean().item(),
-            "accuracy": (scores == 1).float().mean().item(),
-            "completion_length": lengths.float().mean().item(),
-            "truncated": truncated.float().mean().item(), "rounds": sampled / B,
+            "completion_length": mask.sum(1).float().mean().item(),
+            "truncated": 1 - (completions == END).any(1).float().mean().item(),
             "learning_rate": learning_rate,
         }
-        run.log(losses, charts, int(lengths.sum()))
-    run.finish(num_iterations, solve())
+        run.log(losses, charts, int(mask.sum()))
+    run.finish(iteration, solve())
 
 
 # === Plumbing: what every program needs; skip it on a first reading ===============================

@@ -477,6 +477,8 @@ def test_evaluation_repeats_and_keeps_the_runs_flags(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ("--group-size 1", "--group-size 1"),
     ("--ratio sequence --loss-norm token", "--loss-norm sequence"),
+    ("--ratio sequence --loss-norm constant", "--loss-norm sequence"),
+    ("--advantage reinforce++ --dynamic-sampling 2", "--dynamic-sampling drops groups"),
     ("--num-minibatches 3", "must divide the batch"),
     ("--num-heads 3", "--num-heads 3 does not divide"),
     ("--max-new-tokens 3", "--max-new-tokens 3 is short"),
@@ -512,6 +514,28 @@ def test_a_bad_task_file_is_refused_with_its_line(lines, words, tmp_path, capsys
         grpo_rloo.load_problems(Args(task_file=str(path)))
     said = capsys.readouterr().err
     assert ended.value.code == 2 and words in said and said.count("\n") == 1
+
+
+def test_padding_is_no_answer():
+    """A question mark may be one; what stands for padding may not."""
+    assert grpo_rloo.decode([PAD]) != "?" and grpo_rloo.reward("file", "x", "?", "?") == 1
+
+
+def test_dynamic_sampling_counts_all_that_it_draws(tmp_path, monkeypatch):
+    """Rewards that never differ: every iteration draws its three rounds, and pays for them."""
+    monkeypatch.setattr(grpo_rloo, "reward", lambda *_: 0.0)
+    flags = f"dapo {TINY} --run-dir {tmp_path}"
+    grpo_rloo.main(grpo_rloo.parse_args(flags.split()))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 96  # two iterations of 3 x 16
+    steps, shares = read_scalars(tmp_path, "charts/zero_std")
+    assert steps.tolist() == [48, 96] and shares.tolist() == [1, 1]
+
+
+def test_a_single_completion_may_be_compared_with_the_batch(tmp_path):
+    flags = f"reinforce++ {TINY} --group-size 1 --num-prompts 16 --run-dir {tmp_path}"
+    grpo_rloo.main(grpo_rloo.parse_args(flags.split()))
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_a_task_file_is_learnt(tmp_path):
