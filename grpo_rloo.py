@@ -430,8 +430,8 @@ def warm_start(agent: Agent, optimizer, theta, train, widths, args: Args, device
         answers = torch.tensor([row + [PAD] * (widths[1] - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(widths[1]) < lengths[:, None]
-        examples = (x.to(device) for x in (prompts, real, answers, mask))
-        logprobs, _ = completion_logprobs(agent, *examples, 1.0)
+        prompts, real, answers, mask = (x.to(device) for x in (prompts, real, answers, mask))
+        logprobs, _ = completion_logprobs(agent, prompts, real, answers, mask, 1.0)
         (-logprobs.sum() / mask.sum()).backward()
         nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
         optimizer.step()

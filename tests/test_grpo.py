@@ -420,7 +420,10 @@ def test_first_update_has_ratio_1_and_later_ones_do_not(tmp_path, monkeypatch):
 
     def spy(agent, batch, args):
         loss, metrics = loss_function(agent, batch, args)
-        prompts, real, completions, mask, old, *_ = batch
+        prompts, real, completions, mask, old, *_, weights, share = batch
+        tokens = mask.sum().item()  # L is 5: two digits more than 199 has
+        assert weights.sum().item() == pytest.approx(tokens / (len(mask) * 5))
+        assert share.sum().item() == pytest.approx(1)
         new, _ = grpo_rloo.completion_logprobs(agent, prompts, real, completions, mask, 1.0)
         ratio = ((new - old) * mask).exp()
         seen.append(((ratio - 1).abs().max().item(), *metrics.tolist()))
