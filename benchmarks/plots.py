@@ -50,16 +50,21 @@ STYLE: Any = {
 
 def look(name: str, among: Sequence[str] = ()) -> dict[str, Any]:
     """A script's colour; its variants are dotted, its peer is dashed and darker, to be seen where
-    the two coincide. Where a picture has several variants of a script, each has its own colour."""
+    the two coincide. Several variants of one script have a colour each, those of several scripts
+    their script's and a dash each."""
     script = base_script(name)
     color = to_rgb(COLORS.get(script, "#888888"))
     if name.startswith("sb3-"):
         return {"color": tuple(0.45 * x for x in color), "linestyle": (0, (2.5, 1.2))}
     if name == script:
         return {"color": color, "linestyle": "-"}
-    variants = [x for x in among if base_script(x) == script and x not in (script, f"sb3-{script}")]
-    if len(variants) > 1:
-        return {"color": to_rgb(VARIANTS[variants.index(name) % len(VARIANTS)]), "linestyle": "-"}
+    variants = [x for x in among if x != base_script(x) and not x.startswith("sb3-")]
+    own = [x for x in variants if base_script(x) == script]
+    if len(own) > 1 and own == variants:
+        return {"color": to_rgb(VARIANTS[own.index(name) % len(VARIANTS)]), "linestyle": "-"}
+    if len(own) > 1:  # beside those of another script: its colour, and a dash for each
+        dashes = ("-", (0, (4, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+        return {"color": color, "linestyle": dashes[own.index(name) % len(dashes)]}
     return {"color": color, "linestyle": ":"}
 
 
