@@ -70,10 +70,21 @@ def test_ppo_learns_acrobot(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("script,least", [("reinforce", 475), ("a2c", 490)])
+@pytest.mark.parametrize(
+    "script,least", [("reinforce", 475), ("a2c", 490), ("npg", 490), ("trpo", 490)]
+)
 def test_the_lower_rungs_learn_cartpole(script, least, tmp_path):
+    """The default runs: 500,000 steps of reinforce and a2c, 100,000 of npg and trpo."""
     returns = train(tmp_path, script, "", (1, 2, 3))
     assert np.mean(returns) >= least, returns
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["a2c", "npg", "trpo"])
+def test_the_lower_rungs_learn_acrobot(script, tmp_path):
+    flags = "--env-id Acrobot-v1 --total-timesteps 500000"
+    returns = train(tmp_path, script, flags, (1, 2, 3))
+    assert np.mean(returns) >= -90, returns
 
 
 SHORT = [("reinforce", 60_000), ("a2c", 120_000), ("trpo", 60_000)]
