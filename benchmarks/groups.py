@@ -55,10 +55,13 @@ def group_records(records: list[dict[str, Any]], suite: Suite | None):
     groups, notes = [], []
     for key in sorted(together, key=lambda key: (envs.index(key[0]), label_order(key[1]))):
         found, name = together[key], f"{key[1]} on {key[0]}"
-        # Curves of different lengths or flags do not average: the most seeds' are kept.
-        kinds = [(record["steps"], str(record["flags"])) for record in found]
-        kind = max(Counter(kinds).items(), key=lambda item: (item[1], item[0]))[0]
-        kept = [record for record, other in zip(found, kinds) if other == kind]
+        # Curves of different lengths or flags do not average: the most seeds' are kept. Whole
+        # episodes make runs of a little more than the steps that were asked for.
+        flags = Counter(str(record["flags"]) for record in found).most_common(1)[0][0]
+        alike = [record for record in found if str(record["flags"]) == flags]
+        steps = sorted(record["steps"] for record in alike)
+        usual = max(steps, key=lambda x: (sum(abs(y / x - 1) < 0.02 for y in steps), x))
+        kept = [record for record in alike if abs(record["steps"] / usual - 1) < 0.02]
         if left_out := [record["seed"] for record in found if record not in kept]:
             notes.append(f"{name}: seeds {listed(left_out)} left out, of other steps or flags")
         for what in ("script_hash", "versions"):

@@ -330,6 +330,15 @@ def test_report_counts_every_seed_and_names_the_missing(classic, capsys):
     assert "With 9 seeds a 95 % bootstrap interval covers less" in text
 
 
+def test_whole_episodes_make_runs_of_different_steps_that_belong_together():
+    """Every seed counts, also where none has the steps of another; half the steps do not belong."""
+    steps = [500_012, 503_733, 501_970, 504_121, 500_800]
+    records = [make_record(seed=s, steps=x) for s, x in enumerate(steps, 1)]
+    found, notes = groups.group_records([*records, make_record(seed=6, steps=250_000)], None)
+    assert [record["seed"] for record in found[0].records] == [1, 2, 3, 4, 5]
+    assert notes == ["ppo on CartPole-v1: seeds 6 left out, of other steps or flags"]
+
+
 def test_seeds_that_do_not_belong_together_are_named():
     records = [make_record(seed=s) for s in range(1, 9)]
     records += [make_record(seed=9, steps=100), make_record(seed=10, script_hash="other")]
