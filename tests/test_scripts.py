@@ -119,6 +119,9 @@ def test_a_run_leaves_summary_curves_and_checkpoint(script, finished):
     rates = [rate for _, rate in logged["charts/learning_rate"]]
     if script in EPISODES:  # of several iterations each
         assert 1 > rates[0] / 3e-3 > 0.9 and (np.diff(rates) < 0).all() and rates[-1] > 0
+    elif script in ("npg", "trpo"):  # |s| / |u|, whatever it takes to reach the KL
+        assert min(rates) >= 0 and max(rates) > 0
+        assert max(x for _, x in logged["losses/quadratic_kl"]) == pytest.approx(0.01, rel=1e-3)
     else:
         remaining = 1 - np.arange(len(steps)) / len(steps)
         np.testing.assert_allclose(rates, rates[0] * remaining, rtol=1e-6)
