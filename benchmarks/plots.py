@@ -80,7 +80,7 @@ def save(figure: Any, path: Path) -> None:
 
 def legend(figure: Any, names: list[str], *others: Line2D) -> None:
     lines = [Line2D([], [], linewidth=1.8, label=name, **look(name, names)) for name in names]
-    widest = 0.5 + 0.06 * max(len(line.get_label()) for line in [*lines, *others])  # inches
+    widest = 0.5 + 0.06 * max(len(str(line.get_label())) for line in [*lines, *others])  # inches
     columns = max(1, min(len(names) + len(others), int(figure.get_figwidth() / widest)))
     figure.legend(handles=[*lines, *others], loc="outside lower center", ncols=columns)
 
