@@ -30,10 +30,11 @@ gradient. r - mean is (G - 1) / G times rloo's: dividing by std weighs easy and 
 
 How far to step: at the first update pi = pi_old, every ratio is 1 and the clip idle; with
 --update-epochs 1 --num-minibatches 1 the clip fractions are always 0. The loss is then -sum w A,
-which is 0 for advantages that cancel within their group. Its gradient is not, and that counts.
+for grpo, rloo and gspo 0, as A cancels within a group. Its gradient is not 0, and that counts.
 
-Deviations: a warm start makes pi_ref; RLOO's paper has no clip; no value function anywhere.
-Curves: reward and accuracy rise; zero_std, the share of groups that teach nothing, in the end too.
+Deviations: a warm start makes pi_ref; RLOO's paper has no clip; REINFORCE++ takes its KL off token
+by token; cispo's 0.28 is ours, and its paper has dapo's sampling and penalty; "sum" and B are those
+of a minibatch. Curves: reward and accuracy rise; zero_std is the share of groups with equal rewards.
 entropy near 0 with poor accuracy: exploration died; more clip_coef_high. truncated: L is short.
 
 Run: python grpo_rloo.py grpo            All flags: python grpo_rloo.py grpo --help
@@ -239,8 +240,9 @@ def load_problems(args: Args) -> tuple[list[tuple[str, str]], list[tuple[str, st
             try:
                 fields = json.loads(line)
                 prompt, answer = str(fields["prompt"]), str(fields["answer"])
-                if not encode(prompt) + encode(answer) or not prompt:
+                if not encode(prompt):
                     raise ValueError("the prompt is empty")
+                encode(answer)
                 problems.append((prompt, answer, prompt))
             except (ValueError, KeyError, TypeError) as error:
                 refuse(f"--task-file {args.task_file}, line {number}: {error!r:.200}")

@@ -376,9 +376,8 @@ def test_an_accepted_first_step_of_trpo_is_that_of_npg_to_the_bit(env, tmp_path)
         flags += f" --eval-episodes 1 --run-dir {tmp_path / script.__name__}"
         script.main(script.parse_args(flags.split()))
         states.append(torch.load(tmp_path / script.__name__ / "checkpoint.pt")["state"][0])
-    start = trpo.Agent(trpo.make_envs(args := trpo.Args(env_id=env, num_envs=2)), args)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert states[0].keys() == start.state_dict().keys()
+    assert states[0].keys() == states[1].keys()
     (quadratic,) = logged(tmp_path / "trpo", "losses/quadratic_kl")
     assert quadratic == pytest.approx(0.01, rel=1e-4)  # a step was taken, and in its full length
 
