@@ -34,7 +34,7 @@ for grpo, rloo and gspo 0, as A cancels within a group. Its gradient is not 0, a
 
 Deviations: a warm start makes pi_ref; RLOO's paper has no clip; REINFORCE++ takes its KL off token
 by token; cispo's 0.28 is ours, and its paper has dapo's sampling and penalty; "sum" and B are those
-of a minibatch. Curves: reward and accuracy rise; zero_std is the share of groups with equal rewards.
+of a minibatch. Curves: reward and accuracy rise; zero_std: share of groups with equal rewards.
 entropy near 0 with poor accuracy: exploration died; more clip_coef_high. truncated: L is short.
 
 Run: python grpo_rloo.py grpo            All flags: python grpo_rloo.py grpo --help
