@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -356,6 +357,68 @@ def test_masked_tokens_have_no_gradient_and_the_end_token_has(choices):
     assert not slope[~mask].any()
     ends = (batch[2] == END) & mask
     assert ends.any() and slope[ends].all()
+
+
+# --- Another library ------------------------------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl.json").read_text())
+SAME_AS_TRL: dict[str, dict[str, Any]] = {
+    "grpo": grpo_rloo.PAPERS["grpo"],
+    "dr_grpo": grpo_rloo.PAPERS["dr-grpo"],
+    "dapo": grpo_rloo.PAPERS["dapo"],
+    "gspo": grpo_rloo.PAPERS["gspo"],
+    "unbiased_kl": grpo_rloo.PAPERS["grpo"] | {"kl_estimator": "unbiased"},
+    "rloo": grpo_rloo.PAPERS["rloo"],
+}
+
+
+def test_every_recorded_case_of_trl_is_compared():
+    assert GOLDEN["trl"] == "1.16.0" and GOLDEN["cases"].keys() == SAME_AS_TRL.keys()
+
+
+@pytest.mark.parametrize("name", SAME_AS_TRL)
+def test_advantages_are_those_of_trl(name):
+    """tests/golden/make_trl.py ran TRL's own trainer: what it made of the rewards."""
+    case, args = GOLDEN["cases"][name], Args(**SAME_AS_TRL[name])
+    rewards = torch.tensor(case["rewards"])
+    if args.kl_in == "reward":
+        old, ref = (torch.tensor(x) for x in case["forwards"])
+        kl = ((old - ref) * torch.tensor(case["mask"])).sum(1)
+        assert kl.abs().mean() > 0.1, "the reference differs from the policy"
+        rewards = rewards - args.kl_coef * kl
+    advantages = grpo_rloo.group_advantages(rewards.view(-1, GOLDEN["group"]), args.advantage)
+    expected = torch.tensor(case["advantages"])
+    assert expected.std() > 0.3
+    torch.testing.assert_close(advantages.flatten(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAME_AS_TRL)
+def test_loss_and_gradient_are_those_of_trl(name, monkeypatch):
+    """On what TRL's loss function was given at two updates; in the second the clip is at work."""
+    case, args = GOLDEN["cases"][name], Args(**SAME_AS_TRL[name])
+    for number, update in enumerate(case["updates"]):
+        mask = torch.tensor(update["completion_mask"]).bool()
+        logprobs = (torch.tensor(update["logps"]) * mask).requires_grad_()
+        zeros = torch.zeros_like(logprobs)
+        if name == "rloo":  # which keeps the sum over the completion alone
+            old = torch.zeros_like(logprobs)
+            old[:, 0] = torch.tensor(update["old_logps"])
+        else:
+            old = torch.tensor(update["old_per_token_logps"]) * mask
+        ref = torch.tensor(update["ref_per_token_logps"]) * mask if name in KL_IN_LOSS else zeros
+        weights = grpo_rloo.token_weights(mask, args.loss_norm, GOLDEN["longest"])
+        monkeypatch.setattr(grpo_rloo, "completion_logprobs", lambda *_, x=logprobs: (x, zeros))
+        batch = (None, None, None, mask, old, ref, torch.tensor(update["advantages"]), weights)
+        loss, _ = grpo_rloo.total_loss(None, (*batch, mask / mask.sum()), args)
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        expected = torch.tensor(update["gradient"])
+        assert loss.item() == pytest.approx(update["loss"], rel=1e-4, abs=1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        still = (expected == 0) & mask & (batch[6][:, None] != 0)
+        assert expected.abs().max() > 1e-3 and (number == 0 or name in KL_IN_LOSS or still.any())
+
+
+KL_IN_LOSS = ("grpo", "unbiased_kl")  # where no token is without gradient, clipped or not
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
