@@ -105,8 +105,10 @@ class Args:
     # --- algorithm ---
     total_timesteps: int = 102_400
     """completions to sample, rounded down to whole iterations of Q G"""
-    sft_steps: int = 160
-    """minibatches of 64 examples for the supervised warm start"""
+    sft_steps: int = 1000
+    """most minibatches of 64 examples of the supervised warm start"""
+    sft_accuracy: float = 0.25
+    """greedy accuracy on training prompts that ends the warm start, looked at every 10 steps"""
     sft_learning_rate: float = 1e-3
     """Adam's step size in the warm start"""
     learning_rate: float = 1.5e-4
@@ -121,8 +123,6 @@ class Args:
     """divides the logits, in sampling and in every log-probability"""
     num_minibatches: int = 4
     """minibatches of an epoch"""
-    microbatches: int = 1
-    """parts in which a minibatch's gradient is summed up, to save memory; the same gradient"""
     update_epochs: int = 2
     """passes over the completions of an iteration"""
     advantage: Literal["grpo", "rloo", "dr-grpo", "reinforce++", "none"] = "grpo"
@@ -228,24 +228,11 @@ def reward(task: str, prompt: str, answer: str, completion: str) -> float:
 
 def load_problems(args: Args) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(prompt, answer) to train on and, a tenth of the keys, held out; the same in every run."""
-    rng, problems = random.Random(0), []
+    rng = random.Random(0)
     if args.task_file is None:
         problems = {"addition": addition, "countdown": countdown, "sort": sort}[args.task](rng)
     else:
-        try:
-            lines = Path(args.task_file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            refuse(f"--task-file {args.task_file}: {error}")
-        for number, line in enumerate(lines, 1):
-            try:
-                fields = json.loads(line)
-                prompt, answer = str(fields["prompt"]), str(fields["answer"])
-                if not encode(prompt):
-                    raise ValueError("the prompt is empty")
-                encode(answer)
-                problems.append((prompt, answer, prompt))
-            except (ValueError, KeyError, TypeError) as error:
-                refuse(f"--task-file {args.task_file}, line {number}: {error!r:.200}")
+        problems = read_task_file(args.task_file)
     keys = sorted({key for _, _, key in problems})
     rng.shuffle(keys)
     held_out = set(keys[: len(keys) // 10])
@@ -300,7 +287,8 @@ class Agent(nn.Module):
         self.head = nn.Linear(args.width, vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.05)
+                std = 0.2 if isinstance(module, nn.Embedding) else args.width**-0.5
+                nn.init.normal_(module.weight, std=std)
 
     def forward(self, tokens: Tensor, real: Tensor, past: list | None = None):
         """Logits [B, T, vocabulary] of what follows each of the T tokens, and keys and values of
@@ -423,9 +411,14 @@ def total_loss(agent: Agent, batch, args: Args):
     return loss, torch.stack([pg_loss.detach(), kl.detach(), *means])
 
 
-def warm_start(agent: Agent, optimizer, theta, train, widths, args: Args, device) -> None:
-    """Cross-entropy on right answers, the end token included, for sft_steps minibatches of 64."""
-    for _ in tqdm(range(args.sft_steps), "Warm start", unit=" steps", disable=None, leave=False):
+def warm_start(agent: Agent, optimizer, theta, train, widths, solve, args: Args, device) -> None:
+    """Cross-entropy on right answers, the end token included, until solve(problems) says that some
+    are right. How soon that is differs between seeds, and RL should start from the same."""
+    steps = tqdm(range(args.sft_steps), "Warm start", unit=" steps", disable=None, leave=False)
+    for step in steps:
+        some = [train[i] for i in torch.randint(len(train), (500,)).tolist()]
+        if step % 10 == 0 and solve(some) >= args.sft_accuracy:
+            break
         index = torch.randint(len(train), (64,)).tolist()
         prompts, real = pad_left([train[i][0] for i in index], widths[0])
         rows = [[*encode(train[i][1]), END] for i in index]
@@ -454,8 +447,8 @@ def main(args: Args) -> None:
         refuse(f"--dynamic-sampling drops groups that do teach with --advantage {args.advantage}")
     if args.ratio == "sequence" and args.loss_norm != "sequence":
         refuse("--ratio sequence counts a completion as a whole: --loss-norm sequence")
-    if B % (args.num_minibatches * args.microbatches):
-        refuse(f"--num-minibatches and --microbatches must divide the batch of {Q} x {G}")
+    if B % args.num_minibatches:
+        refuse(f"--num-minibatches {args.num_minibatches} does not divide the batch of {Q} x {G}")
     if args.width % args.num_heads:
         refuse(f"--num-heads {args.num_heads} does not divide --width {args.width}")
     train, test = load_problems(args)
@@ -471,16 +464,17 @@ def main(args: Args) -> None:
     theta, grad = flatten_parameters(agent)
     optimizer = torch.optim.Adam([theta], lr=args.sft_learning_rate, fused=True)
     task = "file" if args.task_file else args.task
-    solve = lambda: accuracy(agent, test[: args.eval_episodes], P, L, task, device)
+    solve = lambda problems: accuracy(agent, problems, P, L, task, device)
+    test = test[: args.eval_episodes]
     if args.evaluate:
         load_checkpoint(args.evaluate, agent)
-        print(f"Evaluated:  accuracy {solve():.1%} on held-out prompts")
+        print(f"Evaluated:  accuracy {solve(test):.1%} on held-out prompts")
         return
     run = Run(args, (agent, optimizer, reference), total_steps)
     if not args.resume:
-        warm_start(agent, optimizer, theta, train, (P, longest + 1), args, device)
+        warm_start(agent, optimizer, theta, train, (P, longest + 1), solve, args, device)
         reference.load_state_dict(agent.state_dict())
-        run.extra, run.start = {"accuracy_sft": solve()}, time.perf_counter()
+        run.extra, run.start = {"accuracy_sft": solve(test)}, time.perf_counter()
         print(f"Warm start: accuracy {run.extra['accuracy_sft']:.1%} on held-out prompts")
     loss_function = torch.compile(total_loss) if args.compile else total_loss
     iteration = run.iteration
@@ -537,14 +531,12 @@ def main(args: Args) -> None:
         for _ in range(args.update_epochs):
             order = torch.randperm(B, device=device)
             for index in order.chunk(args.num_minibatches):
-                # Before the minibatch is taken apart: "all tokens" are those of all its parts.
                 weights = token_weights(teaching[index], args.loss_norm, L)
                 share = mask[index] / mask[index].sum()
                 minibatch = [*(x[index] for x in batch), weights, share]
-                for part in zip(*(x.chunk(args.microbatches) for x in minibatch)):
-                    loss, metrics_of_loss = loss_function(agent, part, args)
-                    loss.backward()
-                    metrics += metrics_of_loss
+                loss, metrics_of_loss = loss_function(agent, minibatch, args)
+                loss.backward()
+                metrics += metrics_of_loss
                 grad_norms += nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
                 optimizer.step()
                 grad.zero_()
@@ -564,8 +556,10 @@ def main(args: Args) -> None:
             "truncated": 1 - (completions == END).any(1).float().mean().item(),
             "learning_rate": learning_rate,
         }
+        if (wrong := scores < 1).any():
+            charts["wrong_length"] = mask[wrong].sum(1).float().mean().item()
         run.log(losses, charts, int(mask.sum()))
-    run.finish(iteration, solve())
+    run.finish(iteration, solve(test))
 
 
 # === Plumbing: what every program needs; skip it on a first reading ===============================
@@ -622,7 +616,7 @@ def check_args(args: Args) -> torch.device:
     """Refuse what is out of range, in every script what it has; seed the initial weights."""
     counts = "total_timesteps num_envs num_steps num_episodes num_minibatches update_epochs"
     counts += " value_epochs cg_iters backtrack_iters hidden_size num_prompts group_size width"
-    counts += " microbatches num_layers num_heads dynamic_sampling max_new_tokens"
+    counts += " num_layers num_heads dynamic_sampling max_new_tokens"
     reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
     reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate max_kl"
     reals += " sft_learning_rate temperature clip_coef_high"
@@ -633,7 +627,7 @@ def check_args(args: Args) -> torch.device:
         ("at least 0", lambda x: 0 <= x < math.inf, zeros),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha sft_accuracy"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
         ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef cg_residual_tol"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),
@@ -689,6 +683,26 @@ def accuracy(agent: Agent, problems: list, P: int, L: int, task: str, device) ->
     rows = zip(problems, completions.tolist())
     solved = [reward(task, prompt, answer, decode(row)) == 1 for (prompt, answer), row in rows]
     return float(np.mean(solved))
+
+
+def read_task_file(path: str) -> list[tuple[str, str, str]]:
+    """(prompt, answer, key) of each line; a prompt that comes twice stays on one side."""
+    problems = []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(f"--task-file {path}: {error}")
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = json.loads(line)
+            prompt, answer = str(fields["prompt"]), str(fields["answer"])
+            if not encode(prompt):
+                raise ValueError("the prompt is empty")
+            encode(answer)
+            problems.append((prompt, answer, prompt))
+        except (ValueError, KeyError, TypeError) as error:
+            refuse(f"--task-file {path}, line {number}: {error!r:.200}")
+    return problems
 
 
 def write_whole(path: Path, write) -> None:

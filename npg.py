@@ -544,7 +544,7 @@ def check_args(args: Args) -> torch.device:
     """Refuse what is out of range, in every script what it has; seed the initial weights."""
     counts = "total_timesteps num_envs num_steps num_episodes num_minibatches update_epochs"
     counts += " value_epochs cg_iters backtrack_iters hidden_size num_prompts group_size width"
-    counts += " microbatches num_layers num_heads dynamic_sampling max_new_tokens"
+    counts += " num_layers num_heads dynamic_sampling max_new_tokens"
     reals = "learning_rate clip_coef max_grad_norm target_kl adaptive_kl checkpoint_every"
     reals += " optimizer_eps robbins_monro_k0 max_grad step_eps value_learning_rate max_kl"
     reals += " sft_learning_rate temperature clip_coef_high"
@@ -555,7 +555,7 @@ def check_args(args: Args) -> torch.device:
         ("at least 0", lambda x: 0 <= x < math.inf, zeros),
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
-        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha"),
+        ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha sft_accuracy"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),
         ("in (0, 1)", lambda x: 0 < x < 1, "backtrack_coef cg_residual_tol"),
         ("in [-10, 2]", lambda x: -10 <= x <= 2, "log_std_init"),

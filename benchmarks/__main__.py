@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks {run,report,compare,speed,step-sizes,random}."""
+"""Command line: python -m benchmarks {run,report,compare,speed,step-sizes,sampling,random}."""
 
 import argparse
 import os
@@ -82,6 +82,11 @@ def make_parser() -> Parser:
     sizes.add_argument("--results", type=Path, default=RESULTS, help="directory of the results")
     sizes.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
 
+    sampling = commands.add_parser("sampling", help="time grpo_rloo's sampling with and without "
+                                                    "its cache")
+    sampling.add_argument("--pairs", type=positive(int), default=5, help="interleaved")
+    sampling.add_argument("--results", type=Path, default=RESULTS, help="where sampling.json is")
+
     random = commands.add_parser("random", help="measure random play for the normalised scores")
     random.add_argument("env", nargs="+", help="environments")
     random.add_argument("--results", type=Path, default=RESULTS)
@@ -104,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
             path = results.resolve() / f"{suite.name}.jsonl"
             campaign = Campaign(jobs, work, path, engine, args.jobs, args.time_limit)
             complete = campaign.run()
-            ensure_random(results, [job.task.env for job in jobs])
+            envs = [job.task.env for job in jobs if job.task.script != "grpo_rloo"]
+            ensure_random(results, envs)
     except BlockingIOError:
         raise BenchmarkError(
             f"another harness is running in {work}; wait for it, or give --work another directory"
@@ -152,6 +158,11 @@ def main(argv: list[str]) -> int:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, interrupt)
             return step_sizes.main(args.work, args.results, args.scripts, args.jobs, args.seeds)
+        if args.command == "sampling":
+            from benchmarks.sampling import sampling
+
+            sampling(args.results, args.pairs)
+            return 0
         ensure_random(args.results, args.env)
         return 0
     except BenchmarkError as error:

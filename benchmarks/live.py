@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-PROGRESS = re.compile(r"(\d+) steps, +\d+%, return (\S+), (\d+) steps/s")
+PROGRESS = re.compile(
+    r"(\d+) (?:steps|completions), +\d+%, (?:return|reward) (\S+), (\d+) (?:steps|completions)/s"
+)
 
 
 def last_progress(log: Path) -> tuple[int, str, str] | None:

@@ -18,7 +18,9 @@ from benchmarks.groups import (
     normalise,
     published,
 )
+from benchmarks.llm import is_llm, llm_section, plot_llm
 from benchmarks.results import RESULTS, read_random, read_results, write_atomically
+from benchmarks.sampling import sampling_section
 from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
 from benchmarks.suites import ROOT, BenchmarkError, load_suite
@@ -143,13 +145,18 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
     if readme is None and results.resolve() == RESULTS:
         readme = ROOT / "README.md"
     sections: dict[str, list[str]] = {"": [], "benchmarks/results/": []}
-    rows, random, todo = [], read_random(results), []
+    rows, random, todo, llms = [], read_random(results), [], []
     for name, records in read_results(results).items():
         try:
             suite = load_suite(name)
         except BenchmarkError:
             suite = None  # results of a suite outside this repository: nothing is expected
         groups, notes = group_records(records, suite)
+        if is_llm(groups):
+            llms.append((name, groups))
+            for pictures, lines in sections.items():
+                lines += llm_section(name, groups, notes, provenance(groups), pictures)
+            continue
         scores = normalise(groups, suite, random)
         rows += table_rows(name, groups)
         todo.append((name, groups, scores))
@@ -159,6 +166,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
             print("\n".join(notes), end="\n" * bool(notes))
     for pictures, lines in sections.items():
         lines += step_sizes.section(results, pictures)
+        lines += sampling_section(results)
     if timed := read_speed(results):
         for lines in sections.values():
             lines += speed_section(timed)
@@ -178,7 +186,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         texts[readme] = replace_section(text, "\n".join(["", *sections["benchmarks/results/"]]))
     if check:
         stale = [p for p, text in texts.items() if not p.exists() or p.read_text() != text]
-        pictures = [results / f"{name}_curves.png" for name, _, _ in todo]
+        pictures = [results / f"{name}_curves.png" for name, *_ in todo + llms]
         pictures += [results / f"{name}_aggregate.png" for name, _, s in todo if s.scores]
         pictures += [results / step_sizes.PICTURE] * bool(step_sizes.summary(results))
         stale += [path for path in pictures if not path.exists()]
@@ -187,6 +195,8 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         return 1 if stale else 0
     from benchmarks.plots import plot_aggregate, plot_curves
 
+    for name, groups in llms:
+        plot_llm(groups, results / f"{name}_curves.png")
     for name, groups, scores in todo:
         plot_curves(groups, random, results / f"{name}_curves.png")
         if scores.scores:

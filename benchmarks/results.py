@@ -17,6 +17,10 @@ from benchmarks.suites import BenchmarkError, Job, Task
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GRID = 100  # points of a stored curve
+LLM_CURVES = {
+    "accuracy": "charts/accuracy", "entropy": "losses/entropy", "kl": "losses/kl",
+    "length": "charts/completion_length", "wrong_length": "charts/wrong_length",
+}
 NUMBERS = ("steps", "wall_seconds", "sps", "train_return_last100", "eval_return_mean")
 
 
@@ -33,6 +37,9 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     """summary.json of a finished run; ValueError, in words, if it is missing or not whole."""
     try:
         summary = json.loads((run_dir / "summary.json").read_text())
+        if "train_reward" in summary:  # grpo_rloo: rewards of completions, held-out accuracy
+            summary["train_return_last100"] = summary["train_reward"]
+            summary["eval_return_mean"] = summary["accuracy"]
         missing = [name for name in NUMBERS if not math.isfinite(summary[name])]
     except FileNotFoundError:
         raise ValueError("wrote no summary.json") from None
@@ -87,11 +94,16 @@ def make_record(job: Job, directory: Path) -> dict[str, Any]:
     run_dir, task = directory / "run", job.task
     summary, started = read_summary(run_dir), json.loads((directory / "job.json").read_text())
     total = int(summary["steps"])
-    return_curve = on_grid(*read_scalars(run_dir, "charts/episodic_return"), total)
+    llm = task.script == "grpo_rloo"
+    name = "charts/reward" if llm else "charts/episodic_return"
+    return_curve = on_grid(*read_scalars(run_dir, name), total)
     sps_steps, sps = read_scalars(run_dir, "charts/SPS")
     if not len(sps) or np.isnan(return_curve).all():
-        raise ValueError("the TensorBoard events hold no charts/episodic_return or charts/SPS")
+        raise ValueError(f"the TensorBoard events hold no {name} or charts/SPS")
     seconds = np.interp(grid_steps(total), sps_steps, sps_steps / sps)
+    curves = {"return": return_curve}
+    for key, tag in LLM_CURVES.items() if llm else ():
+        curves[key] = on_grid(*read_scalars(run_dir, tag), total)
     return {
         "env": task.env,
         "script": f"{task.peer}-{task.script}" if task.peer else task.script,
@@ -105,8 +117,9 @@ def make_record(job: Job, directory: Path) -> dict[str, Any]:
         "date": started["date"],
         "commit": started["commit"],
         **{name: rounded(summary[name]) for name in NUMBERS if name != "steps"},
+        **({"accuracy_sft": rounded(summary["accuracy_sft"])} if llm else {}),
         "curve": {
-            "return": [rounded(x, 5) for x in return_curve],
+            **{key: [rounded(x, 5) for x in curve] for key, curve in curves.items()},
             "seconds": [rounded(x, 4) for x in seconds],
         },
     }

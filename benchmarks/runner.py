@@ -41,6 +41,8 @@ class Attempt:
 
 def command_line(job: Job, script: Path, run_dir: Path) -> list[str]:
     task, names = job.task, ["--env-id", job.task.env, "--seed", str(job.seed)]
+    if task.script == "grpo_rloo":
+        names[:2] = [task.variant, "--task", task.env]
     names += ["--total-timesteps", str(task.steps), "--run-dir", str(run_dir)]
     if task.peer:
         settings = ["--settings", json.dumps(job.peer_settings)]

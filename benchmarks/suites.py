@@ -31,7 +31,8 @@ class Task:
     steps: int
     flags: dict[str, Any] = field(default_factory=dict)
     variant: str = ""
-    """sets a task with other flags apart from the same script's in tables and pictures"""
+    """sets a task with other flags apart from the same script's in tables and pictures; of
+    grpo_rloo, whose env is its --task, it is the preset"""
     peer: str = ""
     """the library that runs the task in the script's place"""
 
@@ -128,12 +129,13 @@ def library_versions(task: Task) -> dict[str, str]:
     """Versions of what can change a run's numbers."""
     import gymnasium as gym
 
-    try:
-        entry = str(gym.spec(task.env).entry_point)
-    except Exception as error:
-        raise BenchmarkError(f"Gymnasium has no environment {task.env}: {error}") from None
-    packages = ["torch", "numpy", "gymnasium"]
-    packages += [name for name in ("mujoco", "box2d") if f".{name}" in entry]
+    packages = ["torch", "numpy"]
+    if task.script != "grpo_rloo":  # whose tasks are its own
+        try:
+            entry = str(gym.spec(task.env).entry_point)
+        except Exception as error:
+            raise BenchmarkError(f"Gymnasium has no environment {task.env}: {error}") from None
+        packages += ["gymnasium"] + [x for x in ("mujoco", "box2d") if f".{x}" in entry]
     if task.peer:
         packages += ["stable-baselines3"] + ["sb3-contrib"] * (task.script == "trpo")
     try:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 from scipy import stats as scipy_stats
 from torch.utils.tensorboard import SummaryWriter
 
+import grpo_rloo
 from benchmarks import (
     compare,
     groups,
@@ -24,6 +26,7 @@ from benchmarks import (
     report,
     results,
     runner,
+    sampling,
     speed,
     stats,
     step_sizes,
@@ -179,6 +182,9 @@ def test_shipped_suites_load(path):
     suite = suites.load_suite(path.stem)
     assert suite.seeds >= 2
     for task in suite.tasks:
+        if task.script == "grpo_rloo":  # a preset and a task of its own
+            assert task.variant in grpo_rloo.PAPERS and hasattr(grpo_rloo, task.env)
+            continue
         assert suites.library_versions(task)["gymnasium"]
         assert groups.published(suite.normalise_by, task.env, task.steps), task
 
@@ -546,6 +552,75 @@ def test_speed_end_to_end(tmp_path, capsys):
     suite.write_text('[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 1\n')
     assert main([*command, str(tmp_path / "results")]) == 2
     assert "less than one iteration" in capsys.readouterr().err
+
+
+# --- grpo_rloo's suites ---------------------------------------------------------------------------
+
+
+def make_llm_record(method, seed, accuracy, wrong_length):
+    curves = {name: [0.5] * 100 for name in ("return", "accuracy", "kl", "length")}
+    curves |= {"entropy": [1.0] * 90 + [0.25] * 10, "wrong_length": [wrong_length] * 100}
+    record = make_record("sort", "grpo_rloo", seed, 0.9, variant=method)
+    curve = curves | {"seconds": record["curve"]["seconds"]}
+    return record | {"eval_return_mean": accuracy, "accuracy_sft": 0.25, "curve": curve}
+
+
+def test_a_suite_of_methods_has_its_own_table(tmp_path):
+    """Accuracy of the last network, entropy of the last tenth, and no return of an episode."""
+    records = [make_llm_record("dapo", seed, 0.9 + seed / 100, None) for seed in (1, 2)]
+    records += [make_llm_record("grpo", seed, 0.8, 4.0) for seed in (1, 2)]
+    results.merge_records(tmp_path / "methods.jsonl", records)
+    assert report.report(tmp_path, None, check=False) == 0
+    text = (tmp_path / "report.md").read_text()
+    start = "| sort | grpo | 500,000 | 2 | 25.0 (25.0 to 25.0) | 80.0 (80.0 to 80.0) | 80.0 "
+    assert start + "[80.0, 80.0] | 0.250 | 4.00 |" in text
+    assert "| 91.5 (91.0 to 92.0) | 91.5 [91.0, 92.0] | 0.250 | - |" in text
+    assert "episode" not in text and (tmp_path / "methods_curves.png").stat().st_size > 10_000
+    assert report.report(tmp_path, None, check=True) == 0
+    (tmp_path / "methods_curves.png").unlink()
+    assert report.report(tmp_path, None, check=True) == 1
+
+
+def test_methods_run_end_to_end(tmp_path, capsys):
+    suite = tmp_path / "tiny.toml"
+    suite.write_text(
+        'seeds = 1\npublish = false\n[[task]]\nscript = "grpo_rloo"\nvariant = "rloo"\n'
+        'env = "sort"\nsteps = 256\n'
+        "flags = {num_prompts = 16, width = 16, sft_steps = 2, num_minibatches = 1}\n"
+    )
+    assert main(["run", str(suite), "--work", str(tmp_path), "--jobs", "1"]) == 0
+    (record,) = results.read_records(tmp_path / "results" / "tiny.jsonl")
+    (run_dir,) = tmp_path.glob("sort__grpo_rloo*/run")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["args"]["advantage"] == "rloo" and summary["args"]["task"] == "sort"
+    assert record["eval_return_mean"] == pytest.approx(summary["accuracy"], rel=1e-5)
+    assert record["train_return_last100"] == pytest.approx(summary["train_reward"], rel=1e-5)
+    steps, entropy = results.read_scalars(run_dir, "losses/entropy")
+    assert list(steps) == [128, 256]
+    assert record["curve"]["entropy"][49] == pytest.approx(entropy[0], rel=1e-4)
+    assert record["curve"]["entropy"][99] == pytest.approx(entropy[1], rel=1e-4)
+    assert "gymnasium" not in record["versions"]
+
+
+def test_sampling_is_measured_in_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "LENGTHS", (3, 5))
+    monkeypatch.setattr(sampling, "BATCH", 2)
+    assert main(["sampling", "--results", str(tmp_path), "--pairs", "2"]) == 0
+    rows = json.loads((tmp_path / "sampling.json").read_text())["rows"]
+    assert [(row["new_tokens"], len(row["cache"]), len(row["full"])) for row in rows] == [
+        (3, 2, 2), (5, 2, 2),
+    ]
+    text = "\n".join(sampling.sampling_section(tmp_path))
+    ratio = statistics.median(a / b for a, b in zip(rows[1]["cache"], rows[1]["full"]))
+    assert f"| {ratio:.1f} [" in text and not sampling.sampling_section(tmp_path / "none")
+
+
+def test_sampling_that_differs_is_no_measurement(monkeypatch):
+    monkeypatch.setattr(sampling, "LENGTHS", (4,))
+    real = sampling.full_forward
+    monkeypatch.setattr(sampling, "full_forward", lambda *args: real(*args) + 1)
+    with pytest.raises(RuntimeError, match="differ"):
+        sampling.measure(1)
 
 
 # --- Step sizes -----------------------------------------------------------------------------------

@@ -297,16 +297,17 @@ def test_greedy_takes_the_likeliest():
 
 
 def make_batch(args: Args):
-    """A minibatch as main has it, whose ratios are not 1."""
+    """A minibatch as main has it, but in float64, whose ratios are not 1."""
     agent, (prompts, real) = agent_and_prompts()
+    agent.double()
     completions, mask = grpo_rloo.generate(agent, prompts, real, 8, 1.0)
     with torch.no_grad():
         old, _ = grpo_rloo.completion_logprobs(agent, prompts, real, completions, mask, 1.0)
     torch.manual_seed(3)
     old, ref = old + 0.2 * torch.randn_like(old), old + 0.2 * torch.randn_like(old)
-    weights = grpo_rloo.token_weights(mask, args.loss_norm, 8)
-    share = mask / mask.sum()
-    return agent, [prompts, real, completions, mask, old, ref, torch.randn(32), weights, share]
+    weights = grpo_rloo.token_weights(mask.double(), args.loss_norm, 8)
+    share, advantages = mask.double() / mask.sum(), torch.randn(32).double()
+    return agent, [prompts, real, completions, mask, old, ref, advantages, weights, share]
 
 
 def gradient(agent, parts, args):
@@ -341,8 +342,8 @@ def test_loss_and_gradient_do_not_depend_on_splits_padding_or_order(choices):
         list(zip(*(x.chunk(4) for x in batch))), [[x[shuffled] for x in batch]], [padded]
     ):
         other_loss, other_grad = gradient(agent, parts, args)
-        torch.testing.assert_close(other_loss, loss, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(other_grad, grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(other_loss, loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(other_grad, grad, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
@@ -407,7 +408,8 @@ def test_loss_and_gradient_are_those_of_trl(name, monkeypatch):
             old = torch.tensor(update["old_per_token_logps"]) * mask
         ref = torch.tensor(update["ref_per_token_logps"]) * mask if name in KL_IN_LOSS else zeros
         weights = grpo_rloo.token_weights(mask, args.loss_norm, GOLDEN["longest"])
-        monkeypatch.setattr(grpo_rloo, "completion_logprobs", lambda *_, x=logprobs: (x, zeros))
+        given = logprobs, zeros
+        monkeypatch.setattr(grpo_rloo, "completion_logprobs", lambda *_, given=given: given)
         batch = (None, None, None, mask, old, ref, torch.tensor(update["advantages"]), weights)
         loss, _ = grpo_rloo.total_loss(None, (*batch, mask / mask.sum()), args)
         (gradient,) = torch.autograd.grad(loss, logprobs)

@@ -1,0 +1,107 @@
+"""Results of grpo_rloo.py -> table and picture: what its methods make of the same completions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.groups import Group
+from benchmarks.results import grid_steps
+from benchmarks.stats import coverage_note, curve_iqm, iqm_interval
+
+PANELS = (
+    ("return", "reward of a completion"),
+    ("entropy", "entropy of a token"),
+    ("wrong_length", "tokens of wrong completions"),
+)
+
+
+def is_llm(groups: list[Group]) -> bool:
+    return all(group.records[0]["script"] == "grpo_rloo" for group in groups)
+
+
+def percent(values: np.ndarray) -> str:
+    return f"{100 * values.mean():.1f} ({100 * values.min():.1f} to {100 * values.max():.1f})"
+
+
+def length(values: np.ndarray) -> str:
+    """Mean over the seeds that still made mistakes."""
+    return f"{np.nanmean(values):.2f}" if np.isfinite(values).any() else "-"
+
+
+def accuracies(group: Group, name: str) -> np.ndarray:
+    return np.array([record[name] for record in group.records])
+
+
+def last(group: Group, curve: str) -> np.ndarray:
+    """A curve's last tenth, mean of each seed; NaN where nothing was logged there."""
+    rows = np.array([record["curve"][curve] for record in group.records], float)
+    return rows[:, -rows.shape[1] // 10 :].mean(1)
+
+
+def llm_section(name: str, groups: list[Group], notes: list[str], origin: str,
+                pictures: str) -> list[str]:
+    """Picture, table and notes of a suite of grpo_rloo's, in Markdown."""
+    lines = [
+        f"### {name}", "",
+        f"![Reward, entropy and length against completions]({pictures}{name}_curves.png)", "",
+        "Against completions sampled: interquartile mean over seeds; band: its 95 % percentile "
+        "bootstrap interval.", "",
+        "| Task | Method | Completions | Seeds | Accuracy after the warm start, % | Accuracy, % "
+        "| IQM [95 % interval] | Entropy at the end | Tokens of a wrong completion | Time (s) |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for group in groups:
+        finals = accuracies(group, "eval_return_mean")
+        middle, low, high = (100 * x for x in iqm_interval([finals]))
+        seconds = np.median([record["wall_seconds"] for record in group.records])
+        lines.append(
+            f"| {group.env} | {group.records[0]['variant']} | {group.steps:,} | {len(finals)} "
+            f"| {percent(accuracies(group, 'accuracy_sft'))} | {percent(finals)} "
+            f"| {middle:.1f} [{low:.1f}, {high:.1f}] | {last(group, 'entropy').mean():.3f} "
+            f"| {length(last(group, 'wrong_length'))} | {seconds:.0f} |"
+        )
+    lines += [
+        "", "Accuracy: greedy, on held-out prompts; mean (least to greatest) over the seeds. End: "
+        "the last tenth of the run. Time: median over seeds, warm start excluded. " + origin, "",
+    ]
+    if note := coverage_note(min(len(group.records) for group in groups)):
+        lines += [note, ""]
+    lines += [f"- {note}" for note in notes] + [""] * bool(notes)
+    return [*lines, "```", f"python -m benchmarks run {name}", "python -m benchmarks report", "```",
+            ""]
+
+
+def plot_llm(groups: list[Group], path: Path) -> None:
+    """A column per quantity, a row per task."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
+
+    from benchmarks.plots import STYLE, VARIANTS, save, short_count
+
+    tasks = list(dict.fromkeys(group.env for group in groups))
+    methods = list(dict.fromkeys(str(group.records[0]["variant"]) for group in groups))
+    color = dict(zip(methods, VARIANTS, strict=False))
+    with plt.rc_context(STYLE):
+        size = (3.2 * len(PANELS), 2.5 * len(tasks) + 0.5)
+        figure, grid = plt.subplots(len(tasks), len(PANELS), figsize=size, layout="constrained",
+                                    squeeze=False)
+        for group in groups:
+            method, row = group.records[0]["variant"], tasks.index(group.env)
+            for axes, (key, title) in zip(grid[row], PANELS):
+                curves = np.array([record["curve"][key] for record in group.records], float)
+                whole = np.isfinite(curves).all(0)
+                middle, low, high = curve_iqm(curves[:, whole])
+                x = grid_steps(group.steps)[whole]
+                if len(curves) > 1:
+                    axes.fill_between(x, low, high, color=color[method], alpha=0.2, linewidth=0)
+                axes.plot(x, middle, color=color[method], linewidth=1.5)
+                axes.set_title(f"{group.env}: {title}" if len(tasks) > 1 else title, fontsize=10)
+                axes.xaxis.set_major_formatter(FuncFormatter(short_count))
+                axes.set_xlim(left=0)
+        for axes in grid[-1]:
+            axes.set_xlabel("completions")
+        handles: Any = [Line2D([], [], color=color[name], label=name) for name in methods]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        save(figure, path)
