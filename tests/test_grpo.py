@@ -397,6 +397,7 @@ def test_advantages_are_those_of_trl(name):
 def test_loss_and_gradient_are_those_of_trl(name, monkeypatch):
     """On what TRL's loss function was given at two updates; in the second the clip is at work."""
     case, args = GOLDEN["cases"][name], Args(**SAME_AS_TRL[name])
+    agent, _ = agent_and_prompts()  # is not asked
     for number, update in enumerate(case["updates"]):
         mask = torch.tensor(update["completion_mask"]).bool()
         logprobs = (torch.tensor(update["logps"]) * mask).requires_grad_()
@@ -411,7 +412,7 @@ def test_loss_and_gradient_are_those_of_trl(name, monkeypatch):
         given = logprobs, zeros
         monkeypatch.setattr(grpo_rloo, "completion_logprobs", lambda *_, given=given: given)
         batch = (None, None, None, mask, old, ref, torch.tensor(update["advantages"]), weights)
-        loss, _ = grpo_rloo.total_loss(None, (*batch, mask / mask.sum()), args)
+        loss, _ = grpo_rloo.total_loss(agent, (*batch, mask / mask.sum()), args)
         (gradient,) = torch.autograd.grad(loss, logprobs)
         expected = torch.tensor(update["gradient"])
         assert loss.item() == pytest.approx(update["loss"], rel=1e-4, abs=1e-6)
@@ -547,7 +548,7 @@ def test_evaluation_repeats_and_keeps_the_runs_flags(tmp_path):
     ("--ratio sequence --loss-norm token", "--loss-norm sequence"),
     ("--ratio sequence --loss-norm constant", "--loss-norm sequence"),
     ("--advantage reinforce++ --dynamic-sampling 2", "--dynamic-sampling drops groups"),
-    ("--num-minibatches 3", "must divide the batch"),
+    ("--num-minibatches 3", "does not divide the batch"),
     ("--num-heads 3", "--num-heads 3 does not divide"),
     ("--max-new-tokens 3", "--max-new-tokens 3 is short"),
     ("--overlong-buffer 9", "--overlong-buffer 9"),
