@@ -122,7 +122,7 @@ class Args:
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-probability"""
     num_minibatches: int = 4
-    """minibatches of an epoch"""
+    """minibatches of an epoch, of whole groups"""
     update_epochs: int = 2
     """passes over the completions of an iteration"""
     advantage: Literal["grpo", "rloo", "dr-grpo", "reinforce++", "none"] = "grpo"
@@ -307,35 +307,44 @@ class Agent(nn.Module):
         return self.head(self.norm(x)), present
 
 
-def generate(agent: Agent, prompts: Tensor, real: Tensor, new_tokens: int, temperature: float):
-    """Completions [B, L] of prompts [B, P], and which of their tokens there are: all up to the end
+def read_prompts(agent: Agent, prompts: Tensor, real: Tensor, group_size: int):
+    """Read each prompt once for its whole group: logits [B, 1] of the first tokens, keys and values
+    of the prompts and real [B, P], B = Q G rows of the Q prompts [Q, P]."""
+    logits, past = agent(prompts, real)
+    of_group = lambda x: x.repeat_interleave(group_size, 0)
+    return of_group(logits[:, -1:]), [tuple(map(of_group, x)) for x in past], of_group(real)
+
+
+def generate(agent: Agent, prompts: Tensor, real: Tensor, group_size: int, new_tokens: int,
+             temperature: float):
+    """Completions [B, L] of prompts [Q, P], and which of their tokens there are: all up to the end
     token, with it. Temperature 0 takes the likeliest. Keys and values of the past are kept, so that
     each step costs one token."""
-    tokens, past = prompts, None
-    completions = torch.full((len(prompts), new_tokens), PAD, device=prompts.device)
-    mask = torch.zeros_like(completions, dtype=torch.bool)
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     with torch.inference_mode():
+        logits, past, real = read_prompts(agent, prompts, real, group_size)
+        completions = torch.full((len(real), new_tokens), PAD, device=prompts.device)
+        mask = torch.zeros_like(completions, dtype=torch.bool)
+        alive = torch.ones(len(real), dtype=torch.bool, device=prompts.device)
         for t in range(new_tokens):
-            logits, past = agent(tokens, real, past)
-            logits = logits[:, -1]
+            scores = logits[:, -1]
             if temperature:  # argmax(logits + Gumbel noise) is a sample of the softmax
-                logits = logits / temperature - torch.empty_like(logits).exponential_().log()
-            choice = torch.where(alive, logits.argmax(-1), PAD)
+                scores = scores / temperature - torch.empty_like(scores).exponential_().log()
+            choice = torch.where(alive, scores.argmax(-1), PAD)
             completions[:, t], mask[:, t] = choice, alive
             real = torch.cat([real, alive[:, None]], 1)
             alive = alive & (choice != END)
-            tokens = choice[:, None]
-            if not alive.any():
+            if t + 1 == new_tokens or not alive.any():
                 break
+            logits, past = agent(choice[:, None], real, past)
     return completions.clone(), mask.clone()
 
 
 def completion_logprobs(agent: Agent, prompts, real, completions, mask, temperature: float):
-    """log pi of each token of completions [B, L], 0 outside the mask, and the policy's entropy."""
-    tokens, all_real = torch.cat([prompts, completions], 1), torch.cat([real, mask], 1)
-    logits, _ = agent(tokens[:, :-1], all_real[:, :-1])
-    logprobs = (logits[:, prompts.shape[1] - 1 :] / temperature).log_softmax(-1)
+    """log pi of each token of completions [B, L] of prompts [Q, P], 0 outside the mask, and the
+    policy's entropy there."""
+    first, past, real = read_prompts(agent, prompts, real, len(completions) // len(prompts))
+    others, _ = agent(completions[:, :-1], torch.cat([real, mask[:, :-1]], 1), past)
+    logprobs = (torch.cat([first, others], 1) / temperature).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, completions[..., None]).squeeze(-1) * mask, entropy
 
@@ -447,8 +456,8 @@ def main(args: Args) -> None:
         refuse(f"--dynamic-sampling drops groups that do teach with --advantage {args.advantage}")
     if args.ratio == "sequence" and args.loss_norm != "sequence":
         refuse("--ratio sequence counts a completion as a whole: --loss-norm sequence")
-    if B % args.num_minibatches:
-        refuse(f"--num-minibatches {args.num_minibatches} does not divide the batch of {Q} x {G}")
+    if Q % args.num_minibatches:
+        refuse(f"--num-minibatches {args.num_minibatches} does not divide the {Q} prompts")
     if args.width % args.num_heads:
         refuse(f"--num-heads {args.num_heads} does not divide --width {args.width}")
     train, test = load_problems(args)
@@ -491,13 +500,12 @@ def main(args: Args) -> None:
         for _ in range(args.dynamic_sampling):
             chosen = [train[i] for i in torch.randint(len(train), (Q,)).tolist()]
             prompts, real = (x.to(device) for x in pad_left([x for x, _ in chosen], P))
-            prompts, real = prompts.repeat_interleave(G, 0), real.repeat_interleave(G, 0)
-            completions, mask = generate(agent, prompts, real, L, args.temperature)
+            completions, mask = generate(agent, prompts, real, G, L, args.temperature)
             texts = [decode(row) for row in completions.tolist()]
             scored = [reward(task, *chosen[i // G], text) for i, text in enumerate(texts)]
             columns = (prompts, real, completions, mask, torch.tensor(scored, device=device))
             drawn.append(columns[2:])
-            for group in zip(*(x.split(G) for x in columns)):
+            for group in zip(*(x.chunk(Q) for x in columns)):
                 teaches = args.dynamic_sampling == 1 or group[-1].min() < group[-1].max()
                 (groups if teaches else spare).append(group)
             if len(groups) >= Q:
@@ -526,14 +534,16 @@ def main(args: Args) -> None:
         teaching = mask & ~truncated[:, None] if args.mask_truncated else mask
 
         # --- 3. Update ---
-        batch = (prompts, real, completions, mask, old_logprobs, ref_logprobs, advantages)
+        batch = (prompts, real, completions, mask, old_logprobs, ref_logprobs, advantages, teaching)
+        batch = [x.unflatten(0, (Q, -1)) for x in batch]  # each [Q, 1 or G, ...]
         metrics, grad_norms, updates = torch.zeros(len(METRICS), device=device), 0.0, 0
         for _ in range(args.update_epochs):
-            order = torch.randperm(B, device=device)
+            order = torch.randperm(Q, device=device)
             for index in order.chunk(args.num_minibatches):
-                weights = token_weights(teaching[index], args.loss_norm, L)
-                share = mask[index] / mask[index].sum()
-                minibatch = [*(x[index] for x in batch), weights, share]
+                *minibatch, used_mask = (x[index].flatten(0, 1) for x in batch)
+                weights = token_weights(used_mask, args.loss_norm, L)
+                share = minibatch[3] / minibatch[3].sum()
+                minibatch += [weights, share]
                 loss, metrics_of_loss = loss_function(agent, minibatch, args)
                 loss.backward()
                 metrics += metrics_of_loss
@@ -679,7 +689,7 @@ def load_checkpoint(path: str, *modules: Any) -> dict[str, Any]:
 def accuracy(agent: Agent, problems: list, P: int, L: int, task: str, device) -> float:
     """Share of problems that the likeliest completion solves."""
     prompts, real = (x.to(device) for x in pad_left([prompt for prompt, _ in problems], P))
-    completions, _ = generate(agent, prompts, real, L, 0.0)
+    completions, _ = generate(agent, prompts, real, 1, L, 0.0)
     rows = zip(problems, completions.tolist())
     solved = [reward(task, prompt, answer, decode(row)) == 1 for (prompt, answer), row in rows]
     return float(np.mean(solved))

@@ -47,7 +47,7 @@ def measure(pairs: int) -> list[dict[str, Any]]:
         prompts = torch.randint(2, 90, (BATCH, PROMPT))
         real = torch.ones_like(prompts, dtype=torch.bool)
         ways = {
-            "cache": partial(grpo_rloo.generate, agent, prompts, real, length, 0.0),
+            "cache": partial(grpo_rloo.generate, agent, prompts, real, 1, length, 0.0),
             "full": partial(full_forward, agent, prompts, real, length),
         }
         written = [ways["cache"]()[0], ways["full"]()]  # warms up, too

@@ -246,21 +246,45 @@ def agent_and_prompts(**flags: Any):
     return agent, grpo_rloo.pad_left(["12+3=", "1=", "456+78=", "9+9="] * 8, 9)
 
 
-def test_sampling_with_the_cache_agrees_with_the_full_forward():
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_sampling_with_the_cache_agrees_with_the_full_forward(group_size):
     agent, (prompts, real) = agent_and_prompts()
-    completions, mask = grpo_rloo.generate(agent, prompts, real, 8, 0.7)
+    completions, mask = grpo_rloo.generate(agent, prompts, real, group_size, 8, 0.7)
+    assert len(completions) == group_size * len(prompts)
     batch = prompts, real, completions, mask
     together, entropy = grpo_rloo.completion_logprobs(agent, *batch, 0.7)
     assert mask.sum(1).min() < mask.sum(1).max() and entropy.isfinite().all()
-    for i in range(len(prompts)):  # one at a time, without padding or cache
-        n = int(mask[i].sum())
-        tokens = torch.cat([prompts[i][real[i]], completions[i, :n]])[None]
+    for i in range(len(completions)):  # one at a time, without padding or cache
+        n, q = int(mask[i].sum()), i // group_size
+        tokens = torch.cat([prompts[q][real[q]], completions[i, :n]])[None]
         logits, _ = agent(tokens[:, :-1], torch.ones_like(tokens[:, :-1], dtype=torch.bool))
-        alone = (logits[0, int(real[i].sum()) - 1 :] / 0.7).log_softmax(-1)
+        alone = (logits[0, int(real[q].sum()) - 1 :] / 0.7).log_softmax(-1)
         alone = alone.gather(-1, completions[i, :n, None]).squeeze(-1)
         torch.testing.assert_close(alone, together[i, :n], rtol=1e-4, atol=1e-5)
         assert (completions[i, n:] == PAD).all()
         assert (completions[i, : n - 1] != END).all() and (n == 8 or completions[i, n - 1] == END)
+
+
+def test_a_prompt_read_once_for_its_group_has_the_gradient_of_one_read_for_each():
+    agent, (prompts, real) = agent_and_prompts()
+    agent.double()
+    completions, mask = grpo_rloo.generate(agent, prompts, real, 3, 8, 1.0)
+    weights, gradients = torch.randn(mask.shape).double(), []
+    repeated = prompts.repeat_interleave(3, 0), real.repeat_interleave(3, 0)
+    for each in ((prompts, real), repeated):
+        agent.zero_grad()
+        logprobs, _ = grpo_rloo.completion_logprobs(agent, *each, completions, mask, 1.0)
+        (weights * logprobs).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_completions_of_one_token():
+    agent, (prompts, real) = agent_and_prompts()
+    completions, mask = grpo_rloo.generate(agent, prompts, real, 2, 1, 1.0)
+    logprobs, _ = grpo_rloo.completion_logprobs(agent, prompts, real, completions, mask, 1.0)
+    expected = agent(prompts, real)[0][:, -1].log_softmax(-1).repeat_interleave(2, 0)
+    torch.testing.assert_close(logprobs, expected.gather(-1, completions))
 
 
 def test_left_and_right_padding_agree():
@@ -279,7 +303,7 @@ def test_samples_follow_the_softmax_at_the_temperature(temperature):
     agent, _ = agent_and_prompts()
     prompts, real = grpo_rloo.pad_left(["1+1="] * 20_000, 4)
     torch.manual_seed(1)
-    completions, _ = grpo_rloo.generate(agent, prompts, real, 1, temperature)
+    completions, _ = grpo_rloo.generate(agent, prompts, real, 1, 1, temperature)
     logits, _ = agent(prompts[:1], real[:1])
     chances = (logits[0, -1].double() / temperature).softmax(-1).detach().numpy()
     counts = np.bincount(completions[:, 0], minlength=len(chances))
@@ -291,7 +315,7 @@ def test_samples_follow_the_softmax_at_the_temperature(temperature):
 
 def test_greedy_takes_the_likeliest():
     agent, (prompts, real) = agent_and_prompts()
-    completions, _ = grpo_rloo.generate(agent, prompts, real, 1, 0.0)
+    completions, _ = grpo_rloo.generate(agent, prompts, real, 1, 1, 0.0)
     logits, _ = agent(prompts, real)
     assert torch.equal(completions[:, 0], logits[:, -1].argmax(-1))
 
@@ -300,7 +324,7 @@ def make_batch(args: Args):
     """A minibatch as main has it, but in float64, whose ratios are not 1."""
     agent, (prompts, real) = agent_and_prompts()
     agent.double()
-    completions, mask = grpo_rloo.generate(agent, prompts, real, 8, 1.0)
+    completions, mask = grpo_rloo.generate(agent, prompts, real, 1, 8, 1.0)
     with torch.no_grad():
         old, _ = grpo_rloo.completion_logprobs(agent, prompts, real, completions, mask, 1.0)
     torch.manual_seed(3)
@@ -548,7 +572,7 @@ def test_evaluation_repeats_and_keeps_the_runs_flags(tmp_path):
     ("--ratio sequence --loss-norm token", "--loss-norm sequence"),
     ("--ratio sequence --loss-norm constant", "--loss-norm sequence"),
     ("--advantage reinforce++ --dynamic-sampling 2", "--dynamic-sampling drops groups"),
-    ("--num-minibatches 3", "does not divide the batch"),
+    ("--num-minibatches 3", "does not divide the 4 prompts"),
     ("--num-heads 3", "--num-heads 3 does not divide"),
     ("--max-new-tokens 3", "--max-new-tokens 3 is short"),
     ("--overlong-buffer 9", "--overlong-buffer 9"),
