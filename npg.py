@@ -553,6 +553,7 @@ def check_args(args: Args) -> torch.device:
     for words, holds, names in (
         ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
         ("at least 0", lambda x: 0 <= x < math.inf, zeros),
+        ("at most 1e30", lambda x: x <= 1e30, f"{reals} {zeros}"),  # float32 ends at 3e38
         ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
         ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha sft_accuracy"),
@@ -578,8 +579,10 @@ class Environments(gym.vector.SyncVectorEnv):
 
     def _add_info(self, vector_infos: dict, env_info: dict, env_num: int) -> dict:
         if "final_info" in env_info:
-            last = {"final_obs": np.array(env_info["final_obs"])}
-            vector_infos = super()._add_info(vector_infos, last, env_num)
+            last, shape = np.array(env_info["final_obs"]), self.single_observation_space.shape
+            if last.shape != shape:  # which would be broadcast; the others NumPy refuses
+                raise ValueError(f"the last observation has shape {last.shape}, not {shape}")
+            vector_infos = super()._add_info(vector_infos, {"final_obs": last}, env_num)
         return vector_infos
 
 
@@ -635,9 +638,9 @@ def load_checkpoint(path: str, *modules: Any) -> dict[str, Any]:
     if script != Args.exp_name or flags != set(vars(Args())):  # the default name is the script's
         refuse(f"{path} is of {script}.py, or of another version than this {Args.exp_name}.py")
     try:
-        for module, state in zip(modules, checkpoint["state"]):
+        for module, state in zip(modules, checkpoint["state"][: len(modules)], strict=True):
             module.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         refuse(f"{path} holds other networks than those of this script and environment: {error}")
     return checkpoint
 
@@ -666,15 +669,18 @@ def play(args: Args, agent: Any) -> np.ndarray:
     return returns
 
 
-def write_whole(path: Path, write) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: who reads it sees the old one or the new one."""
     partial = path.with_suffix(".tmp")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        # On the disk before the new name is: after a power cut a whole file stands under it.
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            # On the disk before the new name is: after a power cut a whole file stands under it.
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Run:
@@ -702,6 +708,8 @@ class Run:
             if self.checkpoint.exists() and not args.resume:
                 refuse(f"{self.dir} already holds a run; --resume {self.checkpoint} continues it")
             self.dir.mkdir(parents=True, exist_ok=True)
+            # What its thread cannot write is raised at the next event; not a word from the thread.
+            importlib.import_module("threading").excepthook = lambda _: None
             # Curves that an interrupted run drew beyond its checkpoint are drawn again: drop them.
             self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         except OSError as error:
@@ -713,19 +721,37 @@ class Run:
         self.start = time.perf_counter() - seconds
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupted)
+        sys.excepthook = self.crashed
 
     def command(self, flag: str) -> str:
         """How to call this script on the last checkpoint, ready to paste."""
         return shlex.join(["python", os.path.relpath(__file__), flag, str(self.checkpoint)])
+
+    def next_step(self) -> str:
+        """What is left to do when a run ends early."""
+        if not os.path.exists(self.checkpoint):
+            return "there is no checkpoint to go on from"
+        return f"to go on: {self.command('--resume')}"
 
     def interrupted(self, number: int, _frame: Any) -> NoReturn:
         """Save nothing, as a checkpoint cuts episodes where the unbroken run has none."""
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_IGN)
         self.bar.close()
-        saved = self.checkpoint.exists()
-        next_step = f"to go on: {self.command('--resume')}" if saved else "nothing was saved yet"
-        refuse(f"interrupted; {next_step}", 128 + number)
+        refuse(f"interrupted; {self.next_step()}", 128 + number)
+
+    def crashed(self, kind: type, error: BaseException, trace: Any) -> NoReturn:
+        """What an exception ends with: a line if a file could not be written, else its traceback
+        first, which is for whose environment or change it is."""
+        self.bar.close()
+        place = ""
+        while trace:  # to the innermost of this file's functions
+            frame, trace = trace.tb_frame, trace.tb_next
+            place = frame.f_code.co_name if frame.f_globals is globals() else place
+        if isinstance(error, OSError) and place in ("write_whole", *vars(Run)):
+            refuse(f"cannot write: {error}; {self.next_step()}", 1)
+        sys.__excepthook__(kind, error, error.__traceback__)
+        refuse(f"{kind.__name__} in the iteration after step {self.step}; {self.next_step()}", 1)
 
     def save(self, iteration: int, **extra: Any) -> None:
         """Write the state before an iteration, whole or not at all; extra is the script's own."""
@@ -740,7 +766,9 @@ class Run:
             "seconds": time.perf_counter() - self.start,
             "extra": extra,
         }
-        write_whole(self.checkpoint, lambda file: torch.save(state, file))
+        # By way of memory: the end of a torch.save that met a full disk hides why.
+        torch.save(state, whole := importlib.import_module("io").BytesIO())
+        write_whole(self.checkpoint, whole.getvalue())
         self.next_checkpoint = (self.step // self.every + 1) * self.every
         self.open_episodes = np.zeros((2, self.args.num_envs))  # return and length so far
 
@@ -804,6 +832,13 @@ class Run:
             print(f"{self.step:>9} steps, {done:4.0%}, {status}, {left:.0f} s left", flush=True)
             self.next_line += self.total_steps / 20
 
+    def has_point(self, tag: str) -> bool:
+        """Whether an earlier process, killed on its way to the summary, has written it."""
+        module = importlib.import_module("tensorboard.backend.event_processing.event_file_loader")
+        files = (module.EventFileLoader(str(path)).Load() for path in self.dir.glob("events.*"))
+        points = (event for file in files for event in file if event.step == self.step)
+        return any(value.tag == tag for event in points for value in event.summary.value)
+
     def finish(self, iteration: int, **extra: Any) -> None:
         """Save, evaluate, summarise, and say where everything is."""
         self.save(iteration, **extra)
@@ -824,12 +859,11 @@ class Run:
             "eval_return_mean": evaluated.mean(),
             "eval_return_std": evaluated.std(),
         }
-        path = self.dir / "summary.json"
-        if self.first_step < self.step or not path.exists():  # else it is in the curves already
+        if self.first_step < self.step or not self.has_point("eval/episodic_return"):
             self.writer.add_scalar("eval/episodic_return", evaluated.mean(), self.step)
+        self.writer.close()  # first: beside a summary the curves are whole
         text = json.dumps(summary, indent=2) + "\n"
-        write_whole(path, lambda file: file.write(text.encode()))
-        self.writer.close()
+        write_whole(self.dir / "summary.json", text.encode())
         print(f"Files:      {self.dir}\nCurves:     tensorboard --logdir {self.dir}")
         print(f"To watch:   {self.command('--evaluate')} --capture-video  (pip install moviepy)")
 

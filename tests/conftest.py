@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 
 import pytest
 
@@ -9,10 +11,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
-def signals_as_they_were():
+def handlers_as_they_were():
     """A script run inside the tests' own process leaves its handlers behind."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
+    hooks = sys.excepthook, threading.excepthook
     yield
+    sys.excepthook, threading.excepthook = hooks
     for number, handler in zip(numbers, before):
         signal.signal(number, handler)

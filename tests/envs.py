@@ -118,8 +118,92 @@ class InPlace(Later):
         return *super().step(action)[:4], {"final_obs": "mine", "speed": 1.0}
 
 
-for env in [*Toy.__subclasses__(), Toy]:
-    gym.register(f"{env.__name__}-v0", f"tests.envs:{env.__name__}", max_episode_steps=100)
+class RaisesInStep(Noisy):
+    played = 0  # in all environments together, made anew at a checkpoint or not
+
+    def step(self, action):
+        RaisesInStep.played += 1
+        if self.played > 1500:
+            raise RuntimeError("the arm fell off")
+        return super().step(action)
+
+
+class RaisesInReset(Noisy):
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        RaisesInReset.episodes += 1
+        if self.episodes > 150:
+            raise RuntimeError("the arm is missing")
+        return super().reset(seed=seed)
+
+
+class InfObservation(Toy):
+    def observe(self):
+        return np.full(2, -np.inf if self.steps > 40 else 0.0, np.float32)
+
+
+class NoReward(Toy):
+    def reward(self, action):
+        return None if self.steps == 41 else 0.0
+
+
+class WrongShape(Toy):
+    def observe(self):
+        return np.ones(3 if self.steps > 40 else 2, np.float32)
+
+
+class WrongLastShape(Toy):
+    """Only where an episode ends, in the one observation that no batch is made of."""
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        ended = self.steps > 20
+        return obs[:1] if ended else obs, reward, ended, False, {}
+
+
+class WrongDtype(Toy):
+    def observe(self):
+        return np.array(["a", "b"]) if self.steps > 40 else np.ones(2, np.float32)
+
+
+class EndsAtOnce(Noisy):
+    def step(self, action):
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, True, truncated, info
+
+
+class Short(Noisy):
+    """Episodes of five steps, of any actions."""
+
+    def step(self, action):
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, self.steps >= 5, truncated, info
+
+
+class Scaled(Short):
+    """Rewards as large or small as one likes."""
+
+    def __init__(self, scale=1.0, box=None):
+        super().__init__(box)
+        self.scale = scale
+
+    def reward(self, action):
+        return self.scale * float(self.np_random.normal())
+
+
+class HalfConstant(Short):
+    def observe(self):
+        return np.array([self.np_random.normal(), 3.0], np.float32)
+
+
+class NeverEnds(Toy):
+    pass
+
+
+for env in [*Toy.__subclasses__(), *Noisy.__subclasses__(), *Short.__subclasses__(), Toy]:
+    limit = None if env is NeverEnds else 100
+    gym.register(f"{env.__name__}-v0", f"tests.envs:{env.__name__}", max_episode_steps=limit)
 gym.register("Constant-v0", "tests.envs:Toy", max_episode_steps=20)
 gym.register("ConstantInPlace-v0", "tests.envs:InPlace", max_episode_steps=20)
 gym.register("ConstantLater-v0", "tests.envs:Later", max_episode_steps=20)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +18,14 @@ LIBRARIES = ["gymnasium", "numpy", "torch", "torch.utils.tensorboard", "tqdm", "
 CONTEXT.set_forkserver_preload(LIBRARIES)
 
 
-def _become(path: str, flags: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
+def _become(
+    path: str,
+    flags: list[str],
+    cwd: str,
+    env: dict[str, str],
+    files: list[str],
+    before: Callable[[], None] | None,
+) -> None:
     """In the new process: take on the streams, directory, environment and arguments, then run."""
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
@@ -26,17 +34,23 @@ def _become(path: str, flags: list[str], cwd: str, env: dict[str, str], files: l
     os.environ.update(env)
     sys.argv = [path, *flags]
     sys.path.insert(0, str(Path(path).parent))
-    runpy.run_path(path, run_name="__main__")
+    if before:
+        before()
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except Exception:  # which multiprocessing would print in its own way
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 class Child:
     """As much of subprocess.Popen as the tests use."""
 
-    def __init__(self, path: Path, flags: list[str], cwd: Path, env: dict[str, str]):
+    def __init__(self, path: Path, flags: list[str], cwd: Path, env: dict[str, str], before=None):
         make = lambda: tempfile.NamedTemporaryFile("r")  # noqa: SIM115 (read in communicate)
         self.files = [make(), make()]
         names = [file.name for file in self.files]
-        arguments = (str(path), flags, str(cwd), dict(env), names)
+        arguments = (str(path), flags, str(cwd), dict(env), names, before)
         self.process = CONTEXT.Process(target=_become, args=arguments, daemon=True)
         self.process.start()
         assert self.process.pid
@@ -64,9 +78,16 @@ class Child:
         return out, err
 
 
-def start(script: str, *flags, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Child:
-    arguments = [str(flag) for flag in flags]
-    return Child(ROOT / f"{script}.py", arguments, cwd, dict(os.environ if env is None else env))
+def start(
+    script: str,
+    *flags,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> Child:
+    """before is called in the new process first; it must be picklable."""
+    environment = dict(os.environ if env is None else env)
+    return Child(ROOT / f"{script}.py", [str(x) for x in flags], cwd, environment, before)
 
 
 def run(script: str, *flags, status: int = 0, **kwargs) -> tuple[str, str]:

@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -501,6 +504,43 @@ def test_every_preset_runs_and_an_explicit_flag_wins(paper, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0 <= summary["accuracy_sft"] <= 1 and 0 <= summary["accuracy"] <= 1
     assert summary["steps"] >= 96
+
+
+def test_runs_alone_in_an_empty_directory(tmp_path):
+    shutil.copy(grpo_rloo.__file__, tmp_path)
+    command = [sys.executable, "grpo_rloo.py", "dapo", *TINY.split(), "--task", "sort"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {"grpo_rloo.py", "runs"}
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("sort__dapo__1__")
+    again = [*command[:2], "--evaluate", f"runs/{run_dir.name}/checkpoint.pt"]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=True)
+    accuracy = json.loads((run_dir / "summary.json").read_text())["accuracy"]
+    assert done.stdout == f"Evaluated:  accuracy {accuracy:.1%} on held-out prompts\n"
+
+
+def test_the_warm_start_ends_at_its_accuracy(tmp_path, monkeypatch):
+    """It looks every 10 minibatches, at training prompts, and stops at the first look that is good
+    enough; what is reported is the held-out accuracy."""
+    answers, asked, steps = iter([0.1, 0.2, 0.25, 0.8, 0.9]), [], []
+
+    def looks(agent, problems, *_):
+        asked.append(set(problems))
+        return next(answers)
+
+    monkeypatch.setattr(grpo_rloo, "accuracy", looks)
+    real = grpo_rloo.completion_logprobs
+    monkeypatch.setattr(grpo_rloo, "completion_logprobs", lambda *a: steps.append(0) or real(*a))
+    flags = [*TINY.split(), "--sft-steps", "100", "--run-dir", str(tmp_path)]
+    args = grpo_rloo.parse_args(["grpo", *flags, "--total-timesteps", "16"])
+    grpo_rloo.main(args)
+    # 20 minibatches, then of the one iteration the old policy, the reference and 2 x 2 updates
+    assert len(steps) == 20 + 2 + 4
+    train, test = map(set, grpo_rloo.load_problems(args))
+    assert all(problems <= train for problems in asked[:3]) and asked[3] <= test
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["accuracy_sft"], summary["accuracy"]) == (0.8, 0.9)
 
 
 def test_first_update_has_ratio_1_and_later_ones_do_not(tmp_path, monkeypatch):
