@@ -1,6 +1,6 @@
 """Policy gradients for language models: GRPO, RLOO and their successors in one file.
 
-A laboratory, not a trainer of large models: a transformer of 0.4 M parameters is taught a little
+A laboratory, not a trainer of large models: a transformer of 0.1 M parameters is taught a little
 arithmetic by examples (the warm start), then learns the rest from rewards alone, in minutes.
 
 For each of Q prompts q sample G completions o_1 ... o_G from pi_old, score them r_1 ... r_G, and
@@ -103,7 +103,7 @@ class Args:
     max_new_tokens: int | None = None
     """L, longest completion with its end token; by default two more than the longest answer has"""
     # --- algorithm ---
-    total_timesteps: int = 102_400
+    total_timesteps: int = 307_200
     """completions to sample, rounded down to whole iterations of Q G"""
     sft_steps: int = 1000
     """most minibatches of 64 examples of the supervised warm start"""
@@ -111,7 +111,7 @@ class Args:
     """greedy accuracy on training prompts that ends the warm start, looked at every 10 steps"""
     sft_learning_rate: float = 1e-3
     """Adam's step size in the warm start"""
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 1.2e-3
     """Adam's step size"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0"""
@@ -121,7 +121,7 @@ class Args:
     """G, completions of each prompt, at least 2"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-probability"""
-    num_minibatches: int = 4
+    num_minibatches: int = 2
     """minibatches of an epoch, of whole groups"""
     update_epochs: int = 2
     """passes over the completions of an iteration"""
@@ -151,7 +151,7 @@ class Args:
     """let completions that found no end teach nothing"""
     max_grad_norm: float = 1.0
     """longest gradient; a longer one is scaled down to it"""
-    width: int = 128
+    width: int = 64
     """of the transformer"""
     num_layers: int = 2
     """of the transformer"""
@@ -756,7 +756,9 @@ class Run:
                 refuse(f"{self.dir} already holds a run; --resume {self.checkpoint} continues it")
             self.dir.mkdir(parents=True, exist_ok=True)
             # What its thread cannot write is raised at the next event; not a word from the thread.
-            importlib.import_module("threading").excepthook = lambda _: None
+            threads = importlib.import_module("threading")
+            quiet = lambda x: issubclass(x.exc_type, OSError) or threads.__excepthook__(x)
+            threads.excepthook = quiet
             # Curves that an interrupted run drew beyond its checkpoint are drawn again: drop them.
             self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         except OSError as error:

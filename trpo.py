@@ -733,7 +733,9 @@ class Run:
                 refuse(f"{self.dir} already holds a run; --resume {self.checkpoint} continues it")
             self.dir.mkdir(parents=True, exist_ok=True)
             # What its thread cannot write is raised at the next event; not a word from the thread.
-            importlib.import_module("threading").excepthook = lambda _: None
+            threads = importlib.import_module("threading")
+            quiet = lambda x: issubclass(x.exc_type, OSError) or threads.__excepthook__(x)
+            threads.excepthook = quiet
             # Curves that an interrupted run drew beyond its checkpoint are drawn again: drop them.
             self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         except OSError as error:

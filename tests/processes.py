@@ -38,8 +38,8 @@ def _become(
         before()
     try:
         runpy.run_path(path, run_name="__main__")
-    except Exception:  # which multiprocessing would print in its own way
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:  # which multiprocessing would print in its own way
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
 
 
