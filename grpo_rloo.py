@@ -1,7 +1,7 @@
 """Policy gradients for language models: GRPO, RLOO and their successors in one file.
 
 A laboratory, not a trainer of large models: a transformer of 0.1 M parameters is taught a little
-arithmetic by examples (the warm start), then learns the rest from rewards alone, in minutes.
+arithmetic by examples (the warm start), then most of the rest from rewards alone, in minutes.
 
 For each of Q prompts q sample G completions o_1 ... o_G from pi_old, score them r_1 ... r_G, and
 ascend ppo.py's clipped objective token by token, with the group in the critic's place:
@@ -425,9 +425,10 @@ def warm_start(agent: Agent, optimizer, theta, train, widths, solve, args: Args,
     are right. How soon that is differs between seeds, and RL should start from the same."""
     steps = tqdm(range(args.sft_steps), "Warm start", unit=" steps", disable=None, leave=False)
     for step in steps:
-        some = [train[i] for i in torch.randint(len(train), (500,)).tolist()]
-        if step % 10 == 0 and solve(some) >= args.sft_accuracy:
-            break
+        if step % 10 == 0:
+            some = [train[i] for i in torch.randint(len(train), (500,)).tolist()]
+            if solve(some) >= args.sft_accuracy:
+                break
         index = torch.randint(len(train), (64,)).tolist()
         prompts, real = pad_left([train[i][0] for i in index], widths[0])
         rows = [[*encode(train[i][1]), END] for i in index]
@@ -540,8 +541,8 @@ def main(args: Args) -> None:
         for _ in range(args.update_epochs):
             order = torch.randperm(Q, device=device)
             for index in order.chunk(args.num_minibatches):
-                *minibatch, used_mask = (x[index].flatten(0, 1) for x in batch)
-                weights = token_weights(used_mask, args.loss_norm, L)
+                *minibatch, taught = (x[index].flatten(0, 1) for x in batch)
+                weights = token_weights(taught, args.loss_norm, L)
                 share = minibatch[3] / minibatch[3].sum()
                 minibatch += [weights, share]
                 loss, metrics_of_loss = loss_function(agent, minibatch, args)
