@@ -424,14 +424,13 @@ def warm_start(agent: Agent, optimizer, theta, train, widths, solve, args: Args,
     """Cross-entropy on right answers, the end token included, until solve(problems) says that some
     are right. How soon that is differs between seeds, and RL should start from the same."""
     steps = tqdm(range(args.sft_steps), "Warm start", unit=" steps", disable=None, leave=False)
+    draw = lambda n: [train[i] for i in torch.randint(len(train), (n,)).tolist()]
     for step in steps:
-        if step % 10 == 0:
-            some = [train[i] for i in torch.randint(len(train), (500,)).tolist()]
-            if solve(some) >= args.sft_accuracy:
-                break
-        index = torch.randint(len(train), (64,)).tolist()
-        prompts, real = pad_left([train[i][0] for i in index], widths[0])
-        rows = [[*encode(train[i][1]), END] for i in index]
+        if step % 10 == 0 and solve(draw(500)) >= args.sft_accuracy:
+            break
+        examples = draw(64)
+        prompts, real = pad_left([prompt for prompt, _ in examples], widths[0])
+        rows = [[*encode(answer), END] for _, answer in examples]
         answers = torch.tensor([row + [PAD] * (widths[1] - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(widths[1]) < lengths[:, None]
