@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,36 @@ def suite_section(name: str, groups: list[Group], notes: list[str], scores: Norm
     return [*lines, "```", *commands, "python -m benchmarks report", "```", ""]
 
 
+def faults_section(results: Path) -> list[str]:
+    """What the runs survived, in Markdown; empty if no campaign was run."""
+    if not (path := results / "faults.json").exists():
+        return []
+    measured = json.loads(path.read_text())
+    lines = [
+        "### faults", "",
+        "| Attack and promise | Scripts | Tried | Kept | Of these |", "|---|--:|--:|--:|---|",
+    ]
+    for part in [name for name in measured["what"] if name in measured["parts"]]:
+        entries = measured["parts"][part].values()
+        counts = [pair for entry in entries for pair in entry["counts"].values()]
+        kept, tried = np.sum(counts, axis=0)
+        names = dict.fromkeys(name for entry in entries for name in entry["facts"])
+        facts = []
+        for name in names:
+            numbers = [entry["facts"].get(name, 0) for entry in entries]
+            most = name.startswith("bytes")  # a rate: no sum
+            facts.append(f"{name}: {'at most ' * most}{count((max if most else sum)(numbers))}")
+        lines.append(
+            f"| {measured['what'][part]} | {len(entries)} | {count(tried)} | {count(kept)} "
+            f"| {'; '.join(facts)} |"
+        )
+    cpu = measured["machine"]
+    return [
+        *lines, "", f"Measured {measured['date']} on {cpu['cpu']}, {cpu['cores']} cores.", "",
+        "```", "python -m tests.faults", "python -m benchmarks report", "```", "",
+    ]
+
+
 def replace_section(text: str, section: str) -> str:
     before, rest = text.split(BEGIN, 1)
     return f"{before}{BEGIN}\n{section}{END}{rest.split(END, 1)[1]}"
@@ -167,6 +198,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
     for pictures, lines in sections.items():
         lines += step_sizes.section(results, pictures)
         lines += sampling_section(results)
+        lines += faults_section(results)
     if timed := read_speed(results):
         for lines in sections.values():
             lines += speed_section(timed)

@@ -10,6 +10,7 @@ wrong in words, or nothing. What several calls measured is merged into one file 
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import json
 import logging
@@ -504,18 +505,8 @@ WORDS = {
 def attack(part: str, script: str, work: Path, args: Any) -> dict[str, Any]:
     tally, begin = Tally(), time.monotonic()
     PARTS[part](script, tally, work, random.Random(f"{part} {script} {args.seed}"), args)
-    return {**tally.result(), "seconds": round(time.monotonic() - begin)}
-
-
-def section(path: Path = RESULTS / "faults.json") -> str:
-    """The figures as a table in Markdown."""
-    results = json.loads(path.read_text())["parts"]
-    lines = ["| attack | tried | survived |", "| --- | ---: | ---: |"]
-    for part in [name for name in PARTS if name in results]:
-        counts = [pair for entry in results[part].values() for pair in entry["counts"].values()]
-        survived, tried = np.sum(counts, axis=0)
-        lines.append(f"| {WORDS[part]} | {tried:,} | {survived:,} |")
-    return "\n".join(lines) + "\n"
+    text = hashlib.sha256((ROOT / f"{script}.py").read_bytes()).hexdigest()[:12]
+    return {**tally.result(), "text": text, "seconds": round(time.monotonic() - begin)}
 
 
 def parse(argv: list[str] | None = None) -> Any:
@@ -553,7 +544,7 @@ def main(argv: list[str] | None = None) -> int:
             words = ", ".join(f"{count} {name}" for name, count in entry["facts"].items())
             print(f"{part} {script}: {survived} of {tried}; {words}", flush=True)
             failed += tried - survived
-            results |= {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
+            results |= {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "what": WORDS}
             results["parts"].setdefault(part, {})[script] = entry
             write_atomically(args.out, json.dumps(results, indent=1) + "\n")
     return int(failed > 0)

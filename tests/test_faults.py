@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks import report
 from tests import faults, processes, sabotage
 from tests.faults import Tally, attempt, make_reference, resume, struck
 from tests.processes import ROOT, start
@@ -230,9 +231,17 @@ def test_open_files_and_processes_are_noticed(tmp_path):
 
 
 def test_the_table_counts_what_survived(tmp_path):
-    counts = {"kills": {"ppo": {"counts": {"rollout": [4, 5], "update": [5, 5]}}}}
-    (tmp_path / "faults.json").write_text(json.dumps({"parts": counts}))
-    assert faults.section(tmp_path / "faults.json").splitlines()[-1].endswith("| 10 | 9 |")
+    killed = {"counts": {"rollout": [4, 5]}, "facts": {"kills": 6}}
+    kills = {"ppo": killed, "a2c": killed}
+    once = {"x": [1, 1]}
+    leaks = {name: {"counts": once, "facts": {"bytes": n}} for name, n in (("ppo", 7), ("a2c", 9))}
+    parts = {"kills": kills, "leaks": leaks}
+    results = {"parts": parts, "what": faults.WORDS, "date": "", "machine": {"cpu": "", "cores": 2}}
+    (tmp_path / "faults.json").write_text(json.dumps(results))
+    lines = report.faults_section(tmp_path)
+    assert lines[4].endswith("| 2 | 10 | 8 | kills: 12 |")
+    assert lines[5].endswith("| 2 | 2 | 2 | bytes: at most 9 |")
+    assert not report.faults_section(tmp_path / "elsewhere")
 
 
 @pytest.mark.long
