@@ -386,6 +386,27 @@ def test_masked_tokens_have_no_gradient_and_the_end_token_has(choices):
     assert ends.any() and slope[ends].all()
 
 
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_the_entropy_bonus_is_the_weighted_entropy_of_what_follows_each_prefix(choices):
+    agent, batch = make_batch(Args(**choices))
+    prompts, real, completions, mask, *_, weights, _ = batch
+    both = (gradient(agent, [batch], Args(ent_coef=c, **choices)) for c in (0, 0.5))
+    losses, gradients = zip(*both)
+    bonus = torch.zeros((), dtype=torch.float64)
+    for i in range(len(completions)):  # one at a time, without padding or cache
+        n = int(mask[i].sum())
+        tokens = torch.cat([prompts[i][real[i]], completions[i, : n - 1]])[None]
+        logits, _ = agent(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        entropies = torch.distributions.Categorical(logits=logits[0, -n:]).entropy()
+        bonus = bonus + (weights[i, :n] * entropies).sum()
+    slopes = torch.autograd.grad(bonus, list(agent.parameters()))
+    expected = torch.cat([x.flatten() for x in slopes])
+    assert bonus > 0.1 and expected.norm() > 1e-3
+    torch.testing.assert_close((losses[0] - losses[1])[0], 0.5 * bonus.detach())
+    torch.testing.assert_close(losses[0][1:], losses[1][1:])  # the metrics are those without it
+    torch.testing.assert_close(gradients[0] - gradients[1], 0.5 * expected, rtol=1e-7, atol=1e-10)
+
+
 # --- Another library ------------------------------------------------------------------------------
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl.json").read_text())
@@ -619,6 +640,7 @@ def test_evaluation_repeats_and_keeps_the_runs_flags(tmp_path):
     ("--num-threads 0", "--num-threads must be above 0"),
     ("--temperature 0", "--temperature must be above 0"),
     ("--kl-coef -1", "--kl-coef must be at least 0"),
+    ("--ent-coef -1", "--ent-coef must be at least 0"),
     ("--sft-steps -1", "--sft-steps must be at least 0"),
     ("--total-timesteps 3", "less than one iteration"),
 ])
