@@ -171,7 +171,7 @@ def plot(results: Path) -> None:
         for axes in (left, right):
             axes.set_xscale("log")
             axes.set_xlabel("length of the first steps, |Δθ|")
-        left.legend(title="step (line: IQM of the seeds)", loc="best")
+        right.legend(title="step (left, line: IQM of the seeds)", loc="upper left")
         save(figure, results / PICTURE)
 
 
