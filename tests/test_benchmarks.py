@@ -890,7 +890,7 @@ def test_what_a_killed_harness_left_running_is_ended(fake):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["run", "clasic"], "no suite clasic; there are: choices, classic, "),
+        (["run", "clasic"], "no suite clasic; there are: addition, choices, classic, "),
         (["run", "classic", "--only", "pppo"], "no script pppo in suite classic; there are: "),
         (["run", "classic", "--env", "CartPole-v9"], "no environment CartPole-v9 in suite classic"),
         (["run", "smoke", "--scripts", "tests", "--only", "ppo"], "there is no script ppo.py in"),
