@@ -41,7 +41,7 @@ def measure(pairs: int) -> list[dict[str, Any]]:
     torch.manual_seed(1)
     rows = []
     for length in LENGTHS:
-        agent = grpo_rloo.Agent(PROMPT + length, grpo_rloo.Args())
+        agent = grpo_rloo.Agent(PROMPT + length, ["0123456789"], grpo_rloo.Args())
         with torch.no_grad():  # its logit is 0, and some other token's is above
             agent.head.weight[grpo_rloo.END] = 0
         prompts = torch.randint(2, 90, (BATCH, PROMPT))

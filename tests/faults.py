@@ -534,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every restart
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"parts": {}}
+    results: Any = json.loads(args.out.read_text()) if args.out.exists() else {"parts": {}}
     failed = 0
     for part in args.only:
         for script in args.scripts:

@@ -88,7 +88,8 @@ def fresh_modules(script: str, path: str) -> list[Any]:
     if script == "grpo_rloo":
         train, test = module.load_problems(args)
         longest = [max(len(x[k]) for x in train + test) for k in (0, 1)]
-        agent = module.Agent(longest[0] + (args.max_new_tokens or longest[1] + 2), args)
+        context = longest[0] + (args.max_new_tokens or longest[1] + 2)
+        agent = module.Agent(context, [answer for _, answer in train + test], args)
         theta, _ = module.flatten_parameters(agent)
         return [agent, torch.optim.Adam([theta]), copy.deepcopy(agent)]
     agent = module.Agent(module.make_envs(args), args)

@@ -239,10 +239,13 @@ def test_kl_estimates_against_the_exact_kl_and_its_gradient():
 # --- The network ----------------------------------------------------------------------------------
 
 
-def agent_and_prompts(**flags: Any):
+ANY = "".join(map(chr, range(32, 127)))
+
+
+def agent_and_prompts(answers: list[str] | None = None, **flags: Any):
     torch.manual_seed(0)
     args = Args(width=32, num_layers=2, num_heads=2, **flags)
-    agent = grpo_rloo.Agent(24, args)
+    agent = grpo_rloo.Agent(24, answers or [ANY], args)
     with torch.no_grad():
         for p in agent.parameters():
             p.mul_(3)  # far from uniform
@@ -279,6 +282,18 @@ def test_a_prompt_read_once_for_its_group_has_the_gradient_of_one_read_for_each(
         parts = torch.autograd.grad((weights * logprobs).sum(), list(agent.parameters()))
         gradients.append(torch.cat([part.flatten() for part in parts]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_only_characters_of_answers_are_said():
+    agent, (prompts, real) = agent_and_prompts(["12", "021"])
+    completions, mask = grpo_rloo.generate(agent, prompts, real, 20, 8, 1.0)
+    said = {grpo_rloo.decode([token]) for token in completions[mask].tolist() if token != END}
+    assert len(said) > 1 and said <= set("012") and (completions[mask] == END).any()
+    batch = prompts, real, completions, mask
+    logprobs, entropy = grpo_rloo.completion_logprobs(agent, *batch, 1.0)
+    assert logprobs[mask].min() > -100 and 0 < entropy.max() <= np.log(4) + 1e-5
+    slopes = torch.autograd.grad((logprobs + entropy * mask).sum(), list(agent.parameters()))
+    assert all(slope.isfinite().all() for slope in slopes)  # no NaN from what is never said
 
 
 def test_completions_of_one_token():
@@ -563,29 +578,34 @@ def test_the_warm_start_ends_at_its_accuracy(tmp_path, monkeypatch):
     assert (summary["accuracy_sft"], summary["accuracy"]) == (0.8, 0.9)
 
 
-def test_first_update_has_ratio_1_and_later_ones_do_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize("paper", ["grpo", "rloo", "gspo", "dr-grpo", "dapo"])
+def test_first_update_has_ratio_1_and_later_ones_do_not(paper, tmp_path, monkeypatch):
     """The docstring's answer to why the loss is 0 at first and the clip idle."""
     seen = []
     loss_function = grpo_rloo.total_loss
 
     def spy(agent, batch, args):
         loss, metrics = loss_function(agent, batch, args)
-        prompts, real, completions, mask, old, *_, weights, share = batch
+        prompts, real, completions, mask, old, _, A, weights, share = batch
         tokens = mask.sum().item()  # L is 5: two digits more than 199 has
-        assert weights.sum().item() == pytest.approx(tokens / (len(mask) * 5))
+        if paper == "dr-grpo":
+            assert weights.sum().item() == pytest.approx(tokens / (len(mask) * 5))
         assert share.sum().item() == pytest.approx(1)
-        new, _ = grpo_rloo.completion_logprobs(agent, prompts, real, completions, mask, 1.0)
+        sampled = prompts, real, completions, mask
+        new, _ = grpo_rloo.completion_logprobs(agent, *sampled, args.temperature)
         ratio = ((new - old) * mask).exp()
-        seen.append(((ratio - 1).abs().max().item(), *metrics.tolist()))
+        of_ones = -(weights * A[:, None]).sum().item()
+        seen.append(((ratio - 1).abs().max().item(), of_ones, *metrics.tolist()))
         return loss, metrics
 
     monkeypatch.setattr(grpo_rloo, "total_loss", spy)
     monkeypatch.setattr(grpo_rloo, "reward", lambda *texts: float(len(texts[-1]) % 2))
-    flags = f"dr-grpo {TINY} --total-timesteps 16 --num-minibatches 1 --update-epochs 2"
+    flags = f"{paper} {TINY} --total-timesteps 16 --num-minibatches 1 --update-epochs 2"
     flags += f" --learning-rate 1e-2 --run-dir {tmp_path}"
     grpo_rloo.main(grpo_rloo.parse_args(flags.split()))
-    (first, loss, *_, low, high), (second, *_) = seen
-    assert first < 1e-5 and abs(loss) < 1e-6 and low == high == 0
+    (first, of_ones, loss, *_, low, high), (second, *_) = seen
+    assert first < 1e-5 and loss == pytest.approx(of_ones, abs=1e-6) and low == high == 0
+    assert paper in ("dr-grpo", "dapo") or abs(loss) < 1e-6
     assert second > 1e-3
 
 
