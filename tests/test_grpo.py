@@ -412,7 +412,8 @@ def test_the_entropy_bonus_is_the_weighted_entropy_of_what_follows_each_prefix(c
         n = int(mask[i].sum())
         tokens = torch.cat([prompts[i][real[i]], completions[i, : n - 1]])[None]
         logits, _ = agent(tokens, torch.ones_like(tokens, dtype=torch.bool))
-        entropies = torch.distributions.Categorical(logits=logits[0, -n:]).entropy()
+        hot = logits[0, -n:] / Args().temperature
+        entropies = torch.distributions.Categorical(logits=hot).entropy()
         bonus = bonus + (weights[i, :n] * entropies).sum()
     slopes = torch.autograd.grad(bonus, list(agent.parameters()))
     expected = torch.cat([x.flatten() for x in slopes])
