@@ -152,7 +152,10 @@ def go_on_flags(reference: Reference, run_dir: Path) -> list[str]:
 
 def resume(reference: Reference, run_dir: Path, tally: Tally) -> str:
     """Run to the end from the last checkpoint; count whether that provably was past the start."""
-    checkpoint = checkpoint_of(run_dir)
+    try:
+        checkpoint = checkpoint_of(run_dir)
+    except Exception as error:
+        return f"the checkpoint that was left cannot be read: {error!s:.100}"
     status, err = finish(start(reference.script, *go_on_flags(reference, run_dir)))
     if status:
         return f"resumed, it ended with status {status}: {err[-400:]}"
