@@ -453,7 +453,7 @@ def check_args(args: Args) -> torch.device:
         ("above 0", lambda x: 0 < x < math.inf, f"{counts} {reals} num_threads eval_episodes"),
         ("at least 0", lambda x: 0 <= x < math.inf, zeros),
         ("at most 1e30", lambda x: x <= 1e30, f"{reals} {zeros}"),  # float32 ends at 3e38
-        ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes"),
+        ("below 2**31", lambda x: x < 2**31, f"{counts} seed eval_episodes sft_steps"),
         (f"at most {os.cpu_count()} here", lambda x: x <= (os.cpu_count() or 1), "num_threads"),
         ("in [0, 1]", lambda x: 0 <= x <= 1, "gamma gae_lambda rmsprop_alpha sft_accuracy"),
         ("in (0, 1]", lambda x: 0 < x <= 1, "fisher_fraction"),

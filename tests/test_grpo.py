@@ -663,6 +663,7 @@ def test_evaluation_repeats_and_keeps_the_runs_flags(tmp_path):
     ("--kl-coef -1", "--kl-coef must be at least 0"),
     ("--ent-coef -1", "--ent-coef must be at least 0"),
     ("--sft-steps -1", "--sft-steps must be at least 0"),
+    (f"--sft-steps {10**30}", "--sft-steps must be below"),
     ("--total-timesteps 3", "less than one iteration"),
 ])
 def test_bad_input_is_one_clear_line(flags, words, tmp_path, capsys):
