@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,10 @@ def faults_section(results: Path) -> list[str]:
         counts = [pair for entry in entries for pair in entry["counts"].values()]
         kept, tried = np.sum(counts, axis=0)
         names = dict.fromkeys(name for entry in entries for name in entry["facts"])
-        facts = []
+        tries: Counter[str] = Counter()
+        for entry in entries:
+            tries.update({name: pair[1] for name, pair in entry["counts"].items()})
+        facts = [f"{name}: {count(n)}" for name, n in tries.items() if 1 < len(tries) < 8]
         for name in names:
             numbers = [entry["facts"].get(name, 0) for entry in entries]
             most = name.startswith("bytes")  # a rate: no sum
