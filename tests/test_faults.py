@@ -246,5 +246,4 @@ def test_the_table_counts_what_survived(tmp_path):
 
 @pytest.mark.long
 def test_the_campaign(tmp_path):
-    sizes = "--kills 6 --mutations 200 --cases 50 --out"
-    assert faults.main([*sizes.split(), str(tmp_path / "faults.json")]) == 0
+    assert faults.main(["--out", str(tmp_path / "faults.json")]) == 0  # one to two hours
