@@ -557,7 +557,7 @@ def test_runs_alone_in_an_empty_directory(tmp_path):
 
 
 def test_the_warm_start_ends_at_its_accuracy(tmp_path, monkeypatch):
-    """It looks every 10 minibatches, at training prompts, and stops at the first look that is good
+    """It looks every 5 minibatches, at training prompts, and stops at the first look that is good
     enough; what is reported is the held-out accuracy."""
     answers, asked, steps = iter([0.1, 0.2, 0.25, 0.8, 0.9]), [], []
 
@@ -571,8 +571,8 @@ def test_the_warm_start_ends_at_its_accuracy(tmp_path, monkeypatch):
     flags = [*TINY.split(), "--sft-steps", "100", "--run-dir", str(tmp_path)]
     args = grpo_rloo.parse_args(["grpo", *flags, "--total-timesteps", "16"])
     grpo_rloo.main(args)
-    # 20 minibatches, then of the one iteration the old policy, the reference and 2 x 2 updates
-    assert len(steps) == 20 + 2 + 4
+    # 10 minibatches, then of the one iteration the old policy, the reference and 2 x 2 updates
+    assert len(steps) == 10 + 2 + 4
     train, test = map(set, grpo_rloo.load_problems(args))
     assert all(problems <= train for problems in asked[:3]) and asked[3] <= test
     summary = json.loads((tmp_path / "summary.json").read_text())
