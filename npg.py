@@ -58,6 +58,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.nn.functional import mse_loss
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -255,21 +256,19 @@ def loss_and_kl(agent: Agent, old_policy, obs: Tensor, actions: Tensor, advantag
     return loss, kl_divergence(old_policy, policy).mean()
 
 
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """Half the mean squared error, tensors [B] -> scalar."""
-    return 0.5 * ((values - returns) ** 2).mean()
+def critic_loss(critic: nn.Module, inputs: Tensor, returns: Tensor) -> Tensor:
+    """Half the mean squared error of V, tensors [B, obs] and [B] -> scalar."""
+    return 0.5 * mse_loss(critic(inputs).squeeze(-1), returns)
 
 
-def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
-    return value_loss(agent.value(obs), returns)
-
-
-def fit_critic(loss_function, agent: Agent, optimizer, obs, returns, args: Args) -> float:
+def fit_critic(loss_function, critic, optimizer, inputs, returns, args: Args) -> float:
     """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss."""
-    total, updates = torch.zeros((), device=obs.device), 0
+    total, updates = torch.zeros((), device=returns.device), 0
     for _ in range(args.value_epochs):
-        for index in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
-            loss = loss_function(agent, obs[index], returns[index])
+        # Put in order once, not gathered for each minibatch: this loop is most of an update's time.
+        order = torch.randperm(len(returns), device=returns.device)
+        for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in (inputs, returns))):
+            loss = loss_function(critic, *minibatch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
@@ -441,7 +440,8 @@ def main(args: Args) -> None:
         theta.data += scale * u
         with torch.no_grad():
             new_loss, kl = loss_and_kl(agent, old_policy, *batch)
-        v_loss = fit_critic(loss_function, agent, optimizer, batch[0], returns.flatten(), args)
+        fit = loss_function, agent.critic, optimizer, agent.normalize(batch[0]), returns.flatten()
+        v_loss = fit_critic(*fit, args)
         if args.norm_obs:  # only now, so that the whole iteration saw one normalisation
             agent.obs_stats.update(batch[0])
 

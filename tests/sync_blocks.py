@@ -28,14 +28,17 @@ PLUMBING = "# === Plumbing"
 # Blocks that vary on purpose, each with the reason and the groups within which it does not.
 PPO = {"ppo", "ppo_continuous"}
 BOTH_SPACES = {"reinforce", "a2c", "npg", "trpo"}
+KL_STEPS = {"npg", "trpo"}
 ROLLOUTS = {"a2c", "npg", "trpo", *PPO}
 VARY: dict[str, tuple[str, list[set[str]]]] = {
     "Args": ("every algorithm has its own hyperparameters", []),
     "Agent": ("the policy's head depends on the action space", [BOTH_SPACES]),
     "make_envs": ("each script says which action spaces it takes", [BOTH_SPACES - {"reinforce"}]),
     "estimate_advantages": ("Monte Carlo returns in reinforce, GAE elsewhere", [ROLLOUTS]),
-    "policy_loss": ("the algorithm", [PPO, {"npg", "trpo"}]),
+    "policy_loss": ("the algorithm", [PPO, KL_STEPS]),
     "value_loss": ("PPO may clip it", [BOTH_SPACES, PPO]),
+    "critic_loss": ("the most of an update of npg and trpo", [KL_STEPS]),
+    "fit_critic": ("the most of an update of npg and trpo", [KL_STEPS]),
     "total_loss": ("the algorithm", [PPO]),
     "main": ("the algorithm", [PPO]),
     "Setup": ("flags, optimisers and what a checkpoint has besides", [PPO]),
