@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks {run,report,compare,speed,step-sizes,sampling,random}."""
+"""Command line: python -m benchmarks {run,report,compare,speed,limit,...}."""
 
 import argparse
 import os
@@ -75,6 +75,15 @@ def make_parser() -> Parser:
     speed.add_argument("--results", type=Path, default=RESULTS, help="where speed.json is")
     speed.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
 
+    limit = commands.add_parser("limit", help="time the scripts beside what their environments "
+                                              "and networks need at least")
+    limit.add_argument("suite", nargs="?", default="limit", help="what to time; by default limit")
+    limit.add_argument("--rounds", type=positive(int), default=5, help="in turns")
+    limit.add_argument("--only", type=names, default=[], help="scripts, comma-separated: ppo,a2c")
+    limit.add_argument("--env", type=names, default=[], help="environments, comma-separated")
+    limit.add_argument("--results", type=Path, default=RESULTS, help="where limit.json is")
+    limit.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
+
     sizes = commands.add_parser("step-sizes", help="plain ascent beside steps of a fixed length")
     sizes.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="runs at a time")
     sizes.add_argument("--seeds", type=positive(int), default=10, help="K: seeds 1 to K")
@@ -144,13 +153,17 @@ def main(argv: list[str]) -> int:
 
             print(compare(args.a, args.b))
             return 0
-        if args.command == "speed":
+        if args.command in ("speed", "limit"):
+            from benchmarks.limit import limit
             from benchmarks.speed import speed
 
             suite, scripts = load_suite(args.suite), args.scripts.resolve()
             tasks, skipped = select_tasks(suite, scripts, args.only, args.env, "")
             print("".join(line + "\n" for line in skipped), end="")
-            speed(tasks, args.pairs, args.work.resolve(), args.results.resolve(), scripts)
+            if args.command == "limit":
+                limit(tasks, args.rounds, args.results.resolve(), scripts)
+            else:
+                speed(tasks, args.pairs, args.work.resolve(), args.results.resolve(), scripts)
             return 0
         if args.command == "step-sizes":
             from benchmarks import step_sizes

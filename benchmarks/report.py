@@ -20,6 +20,7 @@ from benchmarks.groups import (
     normalise,
     published,
 )
+from benchmarks.limit import limit_section, read_limit
 from benchmarks.llm import is_llm, llm_section, plot_llm
 from benchmarks.results import RESULTS, read_random, read_results, write_atomically
 from benchmarks.sampling import sampling_section
@@ -206,6 +207,8 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
     if timed := read_speed(results):
         for lines in sections.values():
             lines += speed_section(timed)
+    for lines in sections.values():
+        lines += limit_section(read_limit(results))
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
