@@ -38,6 +38,7 @@ Run: python trpo.py                      All flags: python trpo.py --help
 # ///
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -46,6 +47,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.functional import mse_loss
@@ -733,9 +736,8 @@ class Run:
                 refuse(f"{self.dir} already holds a run; --resume {self.checkpoint} continues it")
             self.dir.mkdir(parents=True, exist_ok=True)
             # What its thread cannot write is raised at the next event; not a word from the thread.
-            threads = importlib.import_module("threading")
-            quiet = lambda x: issubclass(x.exc_type, OSError) or threads.__excepthook__(x)
-            threads.excepthook = quiet
+            quiet = lambda x: issubclass(x.exc_type, OSError) or threading.__excepthook__(x)
+            threading.excepthook = quiet
             # Curves that an interrupted run drew beyond its checkpoint are drawn again: drop them.
             self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         except OSError as error:
@@ -793,7 +795,7 @@ class Run:
             "extra": extra,
         }
         # By way of memory: the end of a torch.save that met a full disk hides why.
-        torch.save(state, whole := importlib.import_module("io").BytesIO())
+        torch.save(state, whole := io.BytesIO())
         write_whole(self.checkpoint, whole.getvalue())
         self.next_checkpoint = (self.step // self.every + 1) * self.every
         self.open_episodes = np.zeros((2, self.args.num_envs))  # return and length so far
@@ -860,8 +862,7 @@ class Run:
 
     def has_point(self, tag: str) -> bool:
         """Whether an earlier process, killed on its way to the summary, has written it."""
-        module = importlib.import_module("tensorboard.backend.event_processing.event_file_loader")
-        files = (module.EventFileLoader(str(path)).Load() for path in self.dir.glob("events.*"))
+        files = (EventFileLoader(str(path)).Load() for path in self.dir.glob("events.*"))
         points = (event for file in files for event in file if event.step == self.step)
         return any(value.tag == tag for event in points for value in event.summary.value)
 

@@ -101,7 +101,8 @@ def select_tasks(suite: Suite, scripts: Path, only: list[str], envs: list[str], 
 
 
 def normal_form(source: str) -> str:
-    """Source without comments, docstrings and, below the plumbing banner, all but COMPUTES."""
+    """Source without comments and docstrings, of what stands below the plumbing banner COMPUTES
+    alone, and of the imports those whose names are used in the rest."""
     above, _, below = source.partition(f"\n{BANNER}")
     tree = ast.parse(above)
     tree.body += [x for x in ast.parse("#" + below).body if getattr(x, "name", "") in COMPUTES]
@@ -110,6 +111,12 @@ def normal_form(source: str) -> str:
             # Every bare constant goes: the strings under the fields of Args are docstrings too.
             is_bare = lambda x: isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
             node.body = [x for x in node.body if not is_bare(x)] or [ast.Pass()]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound = lambda x: (x.asname or x.name).split(".")[0]
+            node.names = [x for x in node.names if bound(x) in used]
+    tree.body = [node for node in tree.body if getattr(node, "names", True)]
     return ast.unparse(tree)
 
 

@@ -171,6 +171,9 @@ def test_hash_of_the_real_script(tmp_path):
         ("{left:.0f} s left", "{left:.0f} s to go", True),
         ("(self.var + 1e-8).sqrt()", "(self.var + 1e-7).sqrt()", False),
         ("returns[t] = rewards[t] + gamma * running", "returns[t] = rewards[t] + running", False),
+        ("import random\n", "import pprint\nimport random\n", True),  # of use to plumbing alone
+        ("import signal\n", "", True),
+        ("import Categorical\n", "import OneHotCategorical as Categorical\n", False),
     ):
         assert old in source
         copy.write_text(source.replace(old, new))
