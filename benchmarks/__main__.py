@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks {run,report,compare,speed,limit,...}."""
+"""Command line: python -m benchmarks {run,report,compare,speed,...}."""
 
 import argparse
 import os
@@ -84,6 +84,15 @@ def make_parser() -> Parser:
     limit.add_argument("--results", type=Path, default=RESULTS, help="where limit.json is")
     limit.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
 
+    level = commands.add_parser("threshold", help="seconds until script and peer have learned")
+    level.add_argument("suite", nargs="?", default="threshold", help="by default threshold")
+    level.add_argument("--seeds", type=positive(int), default=5, help="K: seeds 1 to K")
+    level.add_argument("--only", type=names, default=[], help="scripts, comma-separated: ppo,a2c")
+    level.add_argument("--env", type=names, default=[], help="environments, comma-separated")
+    level.add_argument("--work", type=Path, default=WORK, help="directory of the runs' own files")
+    level.add_argument("--results", type=Path, default=RESULTS, help="where threshold.json is")
+    level.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
+
     sizes = commands.add_parser("step-sizes", help="plain ascent beside steps of a fixed length")
     sizes.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="runs at a time")
     sizes.add_argument("--seeds", type=positive(int), default=10, help="K: seeds 1 to K")
@@ -131,6 +140,23 @@ def run(args: argparse.Namespace) -> int:
     return 0 if complete else 1
 
 
+def time_suite(args: argparse.Namespace) -> int:
+    from benchmarks.limit import limit
+    from benchmarks.speed import speed
+    from benchmarks.threshold import threshold
+
+    suite, scripts, results = load_suite(args.suite), args.scripts.resolve(), args.results.resolve()
+    tasks, skipped = select_tasks(suite, scripts, args.only, args.env, "")
+    print("".join(line + "\n" for line in skipped), end="")
+    if args.command == "limit":
+        limit(tasks, args.rounds, results, scripts)
+    elif args.command == "speed":
+        speed(tasks, args.pairs, args.work.resolve(), results, scripts)
+    else:
+        threshold(tasks, args.seeds, args.work.resolve(), results, scripts)
+    return 0
+
+
 def interrupt(_number: int, _frame: Any) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the stopping short
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -153,18 +179,8 @@ def main(argv: list[str]) -> int:
 
             print(compare(args.a, args.b))
             return 0
-        if args.command in ("speed", "limit"):
-            from benchmarks.limit import limit
-            from benchmarks.speed import speed
-
-            suite, scripts = load_suite(args.suite), args.scripts.resolve()
-            tasks, skipped = select_tasks(suite, scripts, args.only, args.env, "")
-            print("".join(line + "\n" for line in skipped), end="")
-            if args.command == "limit":
-                limit(tasks, args.rounds, args.results.resolve(), scripts)
-            else:
-                speed(tasks, args.pairs, args.work.resolve(), args.results.resolve(), scripts)
-            return 0
+        if args.command in ("speed", "limit", "threshold"):
+            return time_suite(args)
         if args.command == "step-sizes":
             from benchmarks import step_sizes
 

@@ -27,6 +27,7 @@ from benchmarks.sampling import sampling_section
 from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
 from benchmarks.suites import ROOT, BenchmarkError, load_suite
+from benchmarks.threshold import read_threshold, threshold_section
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -209,6 +210,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
             lines += speed_section(timed)
     for lines in sections.values():
         lines += limit_section(read_limit(results))
+        lines += threshold_section(read_threshold(results))
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

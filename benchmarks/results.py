@@ -50,9 +50,9 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def read_scalars(run_dir: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a TensorBoard scalar. A resumed run has repeated what it had logged after
-    its last checkpoint: the later value of a step stands."""
+def read_scalars(run_dir: Path, tag: str, times: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, or times of writing, of a TensorBoard scalar. A resumed run has repeated
+    what it had logged after its last checkpoint: the later value of a step stands."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -61,7 +61,8 @@ def read_scalars(run_dir: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value if event.HasField("summary") else ():
                 if value.tag == tag and value.HasField("tensor"):
-                    values[event.step] = float(make_ndarray(value.tensor).item())
+                    number = float(make_ndarray(value.tensor).item())
+                    values[event.step] = event.wall_time if times else number
     steps = np.array(sorted(values), float)
     return steps, np.array([values[step] for step in steps])
 

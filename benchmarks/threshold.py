@@ -1,0 +1,131 @@
+"""How long until it has learned: `python -m benchmarks threshold`.
+
+Seconds from the start of the process (imports, compilation and all) until the mean return of the
+last 100 training episodes is at a level, of the script eager, with --compile, and of its peer with
+the same hyperparameters; seed by seed, one after the other. A run that never gets there counts as
+such: it is never left out.
+"""
+
+import datetime
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.results import directory_lock, machine, read_scalars, write_atomically
+from benchmarks.speed import make_job, row_key, run_once
+from benchmarks.suites import BenchmarkError, Task
+
+FILE = "threshold.json"
+LEVELS = {"CartPole-v1": 475.0, "HalfCheetah-v5": 1500.0}
+EPISODES = 100
+
+
+def first_at(steps: np.ndarray, returns: np.ndarray, lengths: np.ndarray, level: float):
+    """Index of the first point at which the mean of the last 100 episodes is at the level, or None.
+    A point is the mean return and length of the episodes that ended since the one before; how many
+    those were is the steps in between over their length, as the curves do not say it."""
+    counts = np.diff(steps, prepend=0) / lengths
+    for i in range(len(steps)):
+        left, total = float(EPISODES), 0.0
+        for j in range(i, -1, -1):
+            taken = min(left, counts[j])
+            total, left = total + taken * returns[j], left - taken
+            if left <= 0:
+                break
+        if left <= 0 and total / EPISODES >= level:
+            return i
+    return None
+
+
+def reached(run_dir: Path, started: float, level: float) -> dict[str, float | None]:
+    """Seconds since started, a time.time(), and steps until the level; None if it never was."""
+    steps, returns = read_scalars(run_dir, "charts/episodic_return")
+    _, lengths = read_scalars(run_dir, "charts/episodic_length")
+    _, times = read_scalars(run_dir, "charts/episodic_return", times=True)
+    if (i := first_at(steps, returns, lengths, level)) is None:
+        return {"seconds": None, "steps": None}
+    return {"seconds": round(times[i] - started, 2), "steps": int(steps[i])}
+
+
+def measure(task: Task, seeds: int, work: Path, scripts: Path, say: Any) -> dict[str, Any]:
+    """The row of threshold.json for a task."""
+    level = LEVELS[task.env]
+    sides = {"eager": task, "compiled": task, "peer": Task(**{**vars(task), "peer": "sb3"})}
+    runs: dict[str, list[dict[str, float | None]]] = {name: [] for name in sides}
+    jobs = {}
+    shutil.rmtree(work / "compiled", ignore_errors=True)
+    for seed in range(1, seeds + 1):
+        for name, side in sides.items():
+            jobs[name], started = make_job(side, seed, scripts), time.time()
+            run_once(jobs[name], work / name, name == "compiled")
+            runs[name].append(reached(work / name / "run", started, level))
+            say(f"{task.label} on {task.env}, seed {seed}, {name}: {runs[name][-1]['seconds']} s")
+    return {
+        "script": task.script, "variant": task.variant, "env": task.env, "steps": task.steps,
+        "flags": task.flags, "level": level, "script_hash": jobs["eager"].script_hash,
+        "commit": jobs["eager"].commit, "versions": jobs["peer"].versions,
+        "machine": machine(), "threads": 1,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "load_average": round(os.getloadavg()[0], 1), "runs": runs,
+    }
+
+
+def read_threshold(results: Path) -> list[dict[str, Any]]:
+    path = results / FILE
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def threshold(tasks: list[Task], seeds: int, work: Path, results: Path, scripts: Path) -> None:
+    """Measure task by task; each one's row is written when it is complete."""
+    if unknown := [task.env for task in tasks if task.env not in LEVELS]:
+        raise BenchmarkError(f"no level is set for {unknown[0]}; there are: {', '.join(LEVELS)}")
+    start = time.perf_counter()
+    say = lambda line: print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
+    results.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        row = measure(task, seeds, work / "threshold", scripts, say)
+        with directory_lock(results, wait=True):
+            rows = {row_key(x): x for x in [*read_threshold(results), row]}
+            text = json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n"
+            write_atomically(results / FILE, text)
+
+
+def median(values: list[float | None]) -> str:
+    """Median [least, greatest]; a run that did not get there took longer than any that did."""
+    numbers = sorted(math.inf if x is None else x for x in values)
+    middle, say = statistics.median(numbers), lambda x: f"{x:,.0f}" if x < math.inf else "never"
+    return f"{say(middle)} [{say(numbers[0])}, {say(numbers[-1])}]"
+
+
+def threshold_line(row: dict[str, Any]) -> str:
+    runs, name = row["runs"], row["script"] + f" ({row['variant']})" * bool(row["variant"])
+    cells = [name, row["env"], f"{row['level']:g}", len(runs["eager"])]
+    cells += [median([run["seconds"] for run in each]) for each in runs.values()]
+    cells += [median([run["steps"] for run in runs[side]]) for side in ("eager", "peer")]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def threshold_section(rows: list[dict[str, Any]]) -> list[str]:
+    """The table, in Markdown; empty if nothing was measured."""
+    if not rows:
+        return []
+    machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
+    dates = sorted({row["date"] for row in rows})
+    return [
+        "### threshold", "",
+        "| Script | Environment | Return | Seeds | Seconds | with `--compile` | SB3's seconds "
+        "| Steps | SB3's steps |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|", *map(threshold_line, rows), "",
+        "From the start of the process until the mean return of the last 100 training episodes is "
+        "at the level: median [least, greatest] over the seeds; never: not within the run's steps. "
+        "Stable-Baselines3 with the same hyperparameters, runs one after the other, on one thread. "
+        f"Measured {dates[0]}{f' to {dates[-1]}' if dates[1:] else ''} on {'; '.join(machines)}.",
+        "", "```", "python -m benchmarks threshold", "python -m benchmarks report", "```", "",
+    ]
