@@ -113,10 +113,10 @@ class Args:
     """completions to sample, rounded down to whole iterations of Q G"""
     sft_steps: int = 1000
     """most minibatches of 64 examples of the supervised warm start"""
-    sft_accuracy: float = 0.25
-    """greedy accuracy on training prompts that ends the warm start, looked at every 5 steps"""
-    sft_learning_rate: float = 3e-3
-    """Adam's step size in the warm start; a small one knows less when it answers as many right"""
+    sft_accuracy: float = 0.32
+    """greedy accuracy on training prompts that ends the warm start, looked at every 2 steps"""
+    sft_learning_rate: float = 1e-3
+    """Adam's step size in the warm start"""
     learning_rate: float = 1.2e-3
     """Adam's step size"""
     anneal_lr: bool = True
@@ -440,7 +440,7 @@ def warm_start(agent: Agent, optimizer, theta, train, widths, solve, args: Args,
     steps = tqdm(range(args.sft_steps), "Warm start", unit=" steps", disable=None, leave=False)
     draw = lambda n: [train[i] for i in torch.randint(len(train), (n,)).tolist()]
     for step in steps:
-        if step % 5 == 0 and solve(draw(500)) >= args.sft_accuracy:
+        if step % 2 == 0 and solve(draw(1000)) >= args.sft_accuracy:
             break
         examples = draw(64)
         prompts, real = pad_left([prompt for prompt, _ in examples], widths[0])

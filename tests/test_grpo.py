@@ -557,9 +557,9 @@ def test_runs_alone_in_an_empty_directory(tmp_path):
 
 
 def test_the_warm_start_ends_at_its_accuracy(tmp_path, monkeypatch):
-    """It looks every 5 minibatches, at training prompts, and stops at the first look that is good
+    """It looks every 2 minibatches, at training prompts, and stops at the first look that is good
     enough; what is reported is the held-out accuracy."""
-    answers, asked, steps = iter([0.1, 0.2, 0.25, 0.8, 0.9]), [], []
+    answers, asked, steps = iter([0.1, 0.2, 0.31, 0.32, 0.8, 0.9]), [], []
 
     def looks(agent, problems, *_):
         asked.append(set(problems))
@@ -571,10 +571,10 @@ def test_the_warm_start_ends_at_its_accuracy(tmp_path, monkeypatch):
     flags = [*TINY.split(), "--sft-steps", "100", "--run-dir", str(tmp_path)]
     args = grpo_rloo.parse_args(["grpo", *flags, "--total-timesteps", "16"])
     grpo_rloo.main(args)
-    # 10 minibatches, then of the one iteration the old policy, the reference and 2 x 2 updates
-    assert len(steps) == 10 + 2 + 4
+    # 6 minibatches, then of the one iteration the old policy, the reference and 2 x 2 updates
+    assert len(steps) == 6 + 2 + 4
     train, test = map(set, grpo_rloo.load_problems(args))
-    assert all(problems <= train for problems in asked[:3]) and asked[3] <= test
+    assert all(problems <= train for problems in asked[:4]) and asked[4] <= test
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["accuracy_sft"], summary["accuracy"]) == (0.8, 0.9)
 
