@@ -21,9 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import directory_lock, machine, write_atomically
+from benchmarks.results import machine
 from benchmarks.runner import command_line, environment
-from benchmarks.speed import WARM_UP, row_key, spread
+from benchmarks.speed import WARM_UP, keep_row, read_rows, spread
 from benchmarks.suites import ROOT, BenchmarkError, Job, Task, commit_of, library_versions
 from benchmarks.suites import script_hash as hash_of
 
@@ -221,20 +221,15 @@ def measure(task: Task, rounds: int, scripts: Path) -> dict[str, Any]:
 
 
 def read_limit(results: Path) -> list[dict[str, Any]]:
-    path = results / FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_rows(results / FILE)
 
 
 def limit(tasks: list[Task], rounds: int, results: Path, scripts: Path) -> None:
     """Measure task by task; each one's row is written when it is complete."""
-    results.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         row = measure(task, rounds, scripts)
         print(limit_line(row), flush=True)
-        with directory_lock(results, wait=True):
-            rows = {row_key(x): x for x in [*read_limit(results), row]}
-            text = json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n"
-            write_atomically(results / FILE, text)
+        keep_row(results / FILE, row)
 
 
 def shares(row: dict[str, Any], side: str) -> list[float]:

@@ -109,9 +109,21 @@ def row_key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["script"], row["env"], row["variant"]
 
 
-def read_speed(results: Path) -> list[dict[str, Any]]:
-    path = results / FILE
+def read_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def keep_row(path: Path, row: dict[str, Any]) -> None:
+    """Write a row into its file, in place of the one of the same task."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with directory_lock(path.parent, wait=True):
+        rows = {row_key(x): x for x in [*read_rows(path), row]}
+        text = json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n"
+        write_atomically(path, text)
+
+
+def read_speed(results: Path) -> list[dict[str, Any]]:
+    return read_rows(results / FILE)
 
 
 def speed(tasks: list[Task], pairs: int, work: Path, results: Path, scripts: Path) -> None:
@@ -121,10 +133,7 @@ def speed(tasks: list[Task], pairs: int, work: Path, results: Path, scripts: Pat
     results.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         row = measure(task, pairs, work / "speed", scripts, say)
-        with directory_lock(results, wait=True):
-            rows = {row_key(x): x for x in [*read_speed(results), row]}
-            text = json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n"
-            write_atomically(results / FILE, text)
+        keep_row(results / FILE, row)
 
 
 def ratios(row: dict[str, Any], name: str) -> list[float]:

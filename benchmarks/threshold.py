@@ -7,7 +7,6 @@ such: it is never left out.
 """
 
 import datetime
-import json
 import math
 import os
 import shutil
@@ -18,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import directory_lock, machine, read_scalars, write_atomically
-from benchmarks.speed import make_job, row_key, run_once
+from benchmarks.results import machine, read_scalars
+from benchmarks.speed import keep_row, make_job, read_rows, run_once
 from benchmarks.suites import BenchmarkError, Task
 
 FILE = "threshold.json"
@@ -78,8 +77,7 @@ def measure(task: Task, seeds: int, work: Path, scripts: Path, say: Any) -> dict
 
 
 def read_threshold(results: Path) -> list[dict[str, Any]]:
-    path = results / FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_rows(results / FILE)
 
 
 def threshold(tasks: list[Task], seeds: int, work: Path, results: Path, scripts: Path) -> None:
@@ -88,13 +86,9 @@ def threshold(tasks: list[Task], seeds: int, work: Path, results: Path, scripts:
         raise BenchmarkError(f"no level is set for {unknown[0]}; there are: {', '.join(LEVELS)}")
     start = time.perf_counter()
     say = lambda line: print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
-    results.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         row = measure(task, seeds, work / "threshold", scripts, say)
-        with directory_lock(results, wait=True):
-            rows = {row_key(x): x for x in [*read_threshold(results), row]}
-            text = json.dumps([rows[key] for key in sorted(rows)], indent=1) + "\n"
-            write_atomically(results / FILE, text)
+        keep_row(results / FILE, row)
 
 
 def median(values: list[float | None]) -> str:
