@@ -12,6 +12,16 @@ from benchmarks.engine import ENGINES
 from benchmarks.results import RESULTS, directory_lock, ensure_random
 from benchmarks.suites import ROOT, BenchmarkError, load_suite, make_jobs, select_tasks
 
+# Commands that time the tasks of a suite: what they are for, what is repeated, and what that is.
+TIMED = {
+    "speed": ("time the scripts beside Stable-Baselines3, in pairs",
+              "pairs", "of runs, interleaved"),
+    "limit": ("time the scripts beside what their environments and networks need at least",
+              "rounds", "in turns"),
+    "threshold": ("seconds until script and peer have learned", "seeds", "K: seeds 1 to K"),
+    "scaling": ("speed and learning with more environments and wider networks",
+                "seeds", "K: seeds 1 to K"),
+}
 WORK = Path(__file__).resolve().parent / "work"
 
 
@@ -66,32 +76,18 @@ def make_parser() -> Parser:
     for side in ("a", "b"):
         compare.add_argument(side, help="results file or directory; FILE:LABEL takes one algorithm")
 
-    speed = commands.add_parser("speed", help="time the scripts beside Stable-Baselines3, in pairs")
-    speed.add_argument("suite", nargs="?", default="speed", help="what to time; by default speed")
-    speed.add_argument("--pairs", type=positive(int), default=5, help="of runs, interleaved")
-    speed.add_argument("--only", type=names, default=[], help="scripts, comma-separated: ppo,a2c")
-    speed.add_argument("--env", type=names, default=[], help="environments, comma-separated")
-    speed.add_argument("--work", type=Path, default=WORK, help="directory of the runs' own files")
-    speed.add_argument("--results", type=Path, default=RESULTS, help="where speed.json is")
-    speed.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
-
-    limit = commands.add_parser("limit", help="time the scripts beside what their environments "
-                                              "and networks need at least")
-    limit.add_argument("suite", nargs="?", default="limit", help="what to time; by default limit")
-    limit.add_argument("--rounds", type=positive(int), default=5, help="in turns")
-    limit.add_argument("--only", type=names, default=[], help="scripts, comma-separated: ppo,a2c")
-    limit.add_argument("--env", type=names, default=[], help="environments, comma-separated")
-    limit.add_argument("--results", type=Path, default=RESULTS, help="where limit.json is")
-    limit.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
-
-    level = commands.add_parser("threshold", help="seconds until script and peer have learned")
-    level.add_argument("suite", nargs="?", default="threshold", help="by default threshold")
-    level.add_argument("--seeds", type=positive(int), default=5, help="K: seeds 1 to K")
-    level.add_argument("--only", type=names, default=[], help="scripts, comma-separated: ppo,a2c")
-    level.add_argument("--env", type=names, default=[], help="environments, comma-separated")
-    level.add_argument("--work", type=Path, default=WORK, help="directory of the runs' own files")
-    level.add_argument("--results", type=Path, default=RESULTS, help="where threshold.json is")
-    level.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
+    for command, (words, repeats, meaning) in TIMED.items():
+        timed = commands.add_parser(command, help=words)
+        timed.add_argument("suite", nargs="?", default=command, help=f"by default {command}")
+        timed.add_argument(f"--{repeats}", type=positive(int), default=5, dest="repeats",
+                           help=meaning)
+        timed.add_argument("--only", type=names, default=[], help="scripts, comma-separated: a2c")
+        timed.add_argument("--env", type=names, default=[], help="environments, comma-separated")
+        timed.add_argument("--work", type=Path, default=WORK, help="directory of the runs' files")
+        timed.add_argument("--results", type=Path, default=RESULTS, help=f"where {command}.json is")
+        timed.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
+        if command == "speed":
+            timed.add_argument("--threads", type=positive(int), default=1, help="of each run")
 
     sizes = commands.add_parser("step-sizes", help="plain ascent beside steps of a fixed length")
     sizes.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="runs at a time")
@@ -142,18 +138,20 @@ def run(args: argparse.Namespace) -> int:
 
 def time_suite(args: argparse.Namespace) -> int:
     from benchmarks.limit import limit
+    from benchmarks.scaling import scaling
     from benchmarks.speed import speed
     from benchmarks.threshold import threshold
 
     suite, scripts, results = load_suite(args.suite), args.scripts.resolve(), args.results.resolve()
     tasks, skipped = select_tasks(suite, scripts, args.only, args.env, "")
     print("".join(line + "\n" for line in skipped), end="")
+    where = args.work.resolve(), results, scripts
     if args.command == "limit":
-        limit(tasks, args.rounds, results, scripts)
+        limit(tasks, args.repeats, results, scripts)
     elif args.command == "speed":
-        speed(tasks, args.pairs, args.work.resolve(), results, scripts)
+        speed(tasks, args.repeats, args.threads, *where)
     else:
-        threshold(tasks, args.seeds, args.work.resolve(), results, scripts)
+        {"threshold": threshold, "scaling": scaling}[args.command](tasks, args.repeats, *where)
     return 0
 
 
@@ -179,7 +177,7 @@ def main(argv: list[str]) -> int:
 
             print(compare(args.a, args.b))
             return 0
-        if args.command in ("speed", "limit", "threshold"):
+        if args.command in TIMED:
             return time_suite(args)
         if args.command == "step-sizes":
             from benchmarks import step_sizes

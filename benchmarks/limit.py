@@ -7,23 +7,19 @@ thread, in one process with the script itself, in turns.
 """
 
 import contextlib
-import datetime
 import io
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 import types
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import machine
 from benchmarks.runner import command_line, environment
-from benchmarks.speed import WARM_UP, keep_row, read_rows, spread
+from benchmarks.speed import WARM_UP, facts, keep_row, measured, read_rows, spread
 from benchmarks.suites import ROOT, BenchmarkError, Job, Task, commit_of, library_versions
 from benchmarks.suites import script_hash as hash_of
 
@@ -210,14 +206,7 @@ def measure(task: Task, rounds: int, scripts: Path) -> dict[str, Any]:
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise BenchmarkError(f"{job} ended with {done.returncode}: {done.stderr[-300:]}")
-    return {
-        **{key: asdict(task)[key] for key in ("script", "variant", "env", "steps", "flags")},
-        "script_hash": job.script_hash, "commit": job.commit, "versions": job.versions,
-        "machine": machine(), "threads": 1,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "rounds": json.loads(done.stdout.splitlines()[-1]),
-    }
+    return facts(task, job) | {"rounds": json.loads(done.stdout.splitlines()[-1])}
 
 
 def read_limit(results: Path) -> list[dict[str, Any]]:
@@ -253,8 +242,6 @@ def limit_section(rows: list[dict[str, Any]]) -> list[str]:
     """The table, in Markdown; empty if nothing was measured."""
     if not rows:
         return []
-    machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
-    dates = sorted({row["date"] for row in rows})
     return [
         "### limit", "",
         "| Script | Environment | Environment, µs a step | Networks, µs | Eager, µs "
@@ -266,7 +253,7 @@ def limit_section(rows: list[dict[str, Any]]) -> list[str]:
         "(`benchmarks/limit.py`). Microseconds per environment step, of grpo_rloo per completion; "
         f"median [least, greatest] of {min(len(row['rounds']) for row in rows)} rounds, each in "
         "one process on one thread. "
-        f"Measured {dates[0]}{f' to {dates[-1]}' if dates[1:] else ''} on {'; '.join(machines)}.",
+        f"{measured(rows)}",
         "", "```", "python -m benchmarks limit", "python -m benchmarks report", "```", "",
     ]
 

@@ -129,7 +129,6 @@ def train(env_id: str, seed: int, total_steps: int, settings: dict[str, Any], ru
         def _on_training_end(self) -> None:
             self._on_rollout_start()
 
-    torch.set_num_threads(1)
     kwargs, num_envs = dict(settings["kwargs"]), settings["num_envs"]
     iterations = total_steps // (kwargs["n_steps"] * num_envs)
 
@@ -198,12 +197,15 @@ def main() -> None:
     parser.add_argument("--total-timesteps", type=int, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--settings", type=json.loads, required=True, help="peer_settings, JSON")
+    parser.add_argument("--num-threads", type=int, default=1, help="CPU threads of torch")
     args = parser.parse_args()
 
     import numpy as np
+    import torch
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecNormalize
 
+    torch.set_num_threads(args.num_threads)
     settings = args.settings
     batch = settings["kwargs"]["n_steps"] * settings["num_envs"]
     total_steps = args.total_timesteps // batch * batch

@@ -24,6 +24,7 @@ from benchmarks.limit import limit_section, read_limit
 from benchmarks.llm import is_llm, llm_section, plot_llm
 from benchmarks.results import RESULTS, read_random, read_results, write_atomically
 from benchmarks.sampling import sampling_section
+from benchmarks.scaling import read_scaling, scaling_section
 from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
 from benchmarks.suites import ROOT, BenchmarkError, load_suite
@@ -211,6 +212,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
     for lines in sections.values():
         lines += limit_section(read_limit(results))
         lines += threshold_section(read_threshold(results))
+        lines += scaling_section(read_scaling(results))
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

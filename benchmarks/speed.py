@@ -12,16 +12,18 @@ import shutil
 import statistics
 import subprocess
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import peer_hash, peer_settings
 from benchmarks.results import directory_lock, machine, read_scalars, write_atomically
-from benchmarks.runner import command_line, environment
+from benchmarks.runner import THREADS, command_line, environment
 from benchmarks.suites import BenchmarkError, Job, Task, commit_of, library_versions, script_hash
 
 WARM_UP = 0.25  # share of a run's steps before the clock starts: torch.compile works in there
 FILE = "speed.json"
+CACHE = "inductor_cache"
 
 
 def steady_rate(run_dir: Path) -> tuple[float, float]:
@@ -46,20 +48,22 @@ def make_job(task: Task, seed: int, scripts: Path) -> Job:
     return Job(task, seed, path.read_bytes(), hashed, versions, commit_of(path), settings)
 
 
-def run_once(job: Job, directory: Path, compiled: bool) -> dict[str, float]:
+def run_once(job: Job, directory: Path, compiled: bool, threads: int = 1) -> dict[str, float]:
     """One run in a process of its own: steady rate, time to the first point, peak memory."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     script = directory / f"{job.task.script}.py"
     script.write_bytes(job.source)
-    command = command_line(job, script, directory / "run")
+    command = [*command_line(job, script, directory / "run"), "--num-threads", str(threads)]
     if not job.task.peer:
         command += ["--eval-episodes", "1"] + ["--compile"] * compiled
-    # A cache of its own for each task: the first compiled run is a cold one.
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(directory.parent / "compiled")}
+    # A cache of its own for each task, beside the runs' directories, which are made anew: the first
+    # compiled run is a cold one, the others are warm.
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(directory.parent / CACHE)}
+    own |= dict.fromkeys(THREADS, str(threads))
     with open(directory / "stdout.txt", "wb") as out, open(directory / "stderr.txt", "wb") as err:
         process = subprocess.Popen(
-            command, env=environment() | cache, cwd=directory, stdin=subprocess.DEVNULL,
+            command, env=environment() | own, cwd=directory, stdin=subprocess.DEVNULL,
             stdout=out, stderr=err,
         )
         try:
@@ -76,28 +80,41 @@ def run_once(job: Job, directory: Path, compiled: bool) -> dict[str, float]:
     return {"sps": rate, "first_point_seconds": first, "peak_mib": usage.ru_maxrss / 1024}
 
 
-def measure(task: Task, pairs: int, work: Path, scripts: Path, say: Any) -> dict[str, Any]:
-    """The rows of speed.json for a task; seed k in pair k, alike for all."""
+def facts(task: Task, job: Job, threads: int = 1) -> dict[str, Any]:
+    """What a row of timings says of itself: the task, what ran, when and on what."""
+    return {
+        **{key: asdict(task)[key] for key in ("script", "variant", "env", "steps", "flags")},
+        "script_hash": job.script_hash, "commit": job.commit, "versions": job.versions,
+        "machine": machine(), "threads": threads,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def measured(rows: list[dict[str, Any]]) -> str:
+    """When and on what rows were measured."""
+    machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
+    dates = sorted({row["date"] for row in rows})
+    when = f"{dates[0]} to {dates[-1]}" if dates[1:] else dates[0]
+    return f"Measured {when} on {'; '.join(machines)}."
+
+
+def measure(task: Task, pairs: int, threads: int, work: Path, scripts: Path, say: Any):
+    """The row of speed.json for a task; seed k in pair k, alike for all."""
     sides = {"eager": task, "compiled": task}
     if task.script in ("ppo", "ppo_continuous", "a2c", "trpo"):
         sides["peer"] = Task(**{**vars(task), "peer": "sb3"})
-    shutil.rmtree(work / "compiled", ignore_errors=True)
+    shutil.rmtree(work / CACHE, ignore_errors=True)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     jobs = {}
     for pair in range(1, pairs + 1):
         for name, side in sides.items():
             jobs[name] = make_job(side, pair, scripts)
-            runs[name].append(run_once(jobs[name], work / name, name == "compiled"))
+            runs[name].append(run_once(jobs[name], work / name, name == "compiled", threads))
             rates = " ".join(f"{run['sps']:.0f}" for run in runs[name])
             say(f"{task.label} on {task.env}, pair {pair}, {name}: {rates} steps/s")
-    peer = jobs.get("peer")
-    return {
-        "script": task.script, "variant": task.variant, "env": task.env, "steps": task.steps,
-        "flags": task.flags, "script_hash": jobs["eager"].script_hash,
-        "commit": jobs["eager"].commit, "versions": (peer or jobs["eager"]).versions,
-        "machine": machine(), "threads": 1,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "load_average": round(os.getloadavg()[0], 1),
+    job = replace(jobs["eager"], versions=jobs.get("peer", jobs["eager"]).versions)
+    return facts(task, job, threads) | {
         "runs": {
             name: [{key: round(x, 2) for key, x in run.items()} for run in each]
             for name, each in runs.items()
@@ -105,8 +122,8 @@ def measure(task: Task, pairs: int, work: Path, scripts: Path, say: Any) -> dict
     }
 
 
-def row_key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["script"], row["env"], row["variant"]
+def row_key(row: dict[str, Any]) -> tuple[str, str, str, int]:
+    return row["script"], row["env"], row["variant"], row["threads"]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -126,13 +143,14 @@ def read_speed(results: Path) -> list[dict[str, Any]]:
     return read_rows(results / FILE)
 
 
-def speed(tasks: list[Task], pairs: int, work: Path, results: Path, scripts: Path) -> None:
+def speed(tasks: list[Task], pairs: int, threads: int, work: Path, results: Path,
+          scripts: Path) -> None:
     """Measure task by task; each one's row is written when it is complete."""
     start = time.perf_counter()
     say = lambda line: print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
     results.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        row = measure(task, pairs, work / "speed", scripts, say)
+        row = measure(task, pairs, threads, work / "speed", scripts, say)
         keep_row(results / FILE, row)
 
 
@@ -154,7 +172,8 @@ def speed_line(row: dict[str, Any]) -> str:
     rates = {side: spread([run["sps"] for run in each], 0) for side, each in runs.items()}
     peak = {side: f"{max(run['peak_mib'] for run in each):.0f}" for side, each in runs.items()}
     cold, *warm = [run["first_point_seconds"] for run in runs["compiled"]]
-    cells = [name, row["env"], len(runs["eager"]), rates["eager"], rates["compiled"]]
+    cells = [name, row["env"], row["threads"], len(runs["eager"])]
+    cells += [rates["eager"], rates["compiled"]]
     if "peer" in runs:
         cells += [rates["peer"], *(spread(ratios(row, x), 2) for x in ("eager", "compiled"))]
         cells += [f"{peak['eager']}, {peak['peer']}"]
@@ -168,21 +187,22 @@ def speed_section(rows: list[dict[str, Any]]) -> list[str]:
     """The table of ratios, in Markdown."""
     lines = [
         "### speed", "",
-        "| Script | Environment | Pairs | Steps/s | with `--compile` | SB3's steps/s "
+        "| Script | Environment | Threads | Pairs | Steps/s | with `--compile` | SB3's steps/s "
         "| **ratio** | **compiled** | Peak MiB: ours, SB3 "
         "| First point, compiled: cold, warm (s) |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [speed_line(row) for row in rows]
-    machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
-    dates = sorted({row["date"] for row in rows})
+    more = sorted({row["threads"] for row in rows} - {1})
     lines += [
         "",
         "Median [least, greatest] over the pairs: a pair is a run of the script, one with "
         "`--compile` and one of Stable-Baselines3 (sb3-contrib for TRPO) with the same "
-        "hyperparameters, one after the other, on one thread; a ratio is taken within its pair. "
+        "hyperparameters, one after the other; a ratio is taken within its pair. "
         f"Clocked are whole iterations after the first {WARM_UP:.0%} of the steps. "
-        f"Measured {dates[0]}{f' to {dates[-1]}' if dates[1:] else ''} on {'; '.join(machines)}.",
-        "", "```", "python -m benchmarks speed", "python -m benchmarks report", "```", "",
+        f"{measured(rows)}",
+        "", "```", "python -m benchmarks speed",
+        *(f"python -m benchmarks speed --threads {n}" for n in more),
+        "python -m benchmarks report", "```", "",
     ]
     return lines

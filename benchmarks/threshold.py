@@ -6,19 +6,18 @@ the same hyperparameters; seed by seed, one after the other. A run that never ge
 such: it is never left out.
 """
 
-import datetime
 import math
-import os
 import shutil
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.results import machine, read_scalars
-from benchmarks.speed import keep_row, make_job, read_rows, run_once
+from benchmarks.results import read_scalars
+from benchmarks.speed import CACHE, facts, keep_row, make_job, measured, read_rows, run_once
 from benchmarks.suites import BenchmarkError, Task
 
 FILE = "threshold.json"
@@ -59,21 +58,15 @@ def measure(task: Task, seeds: int, work: Path, scripts: Path, say: Any) -> dict
     sides = {"eager": task, "compiled": task, "peer": Task(**{**vars(task), "peer": "sb3"})}
     runs: dict[str, list[dict[str, float | None]]] = {name: [] for name in sides}
     jobs = {}
-    shutil.rmtree(work / "compiled", ignore_errors=True)
+    shutil.rmtree(work / CACHE, ignore_errors=True)
     for seed in range(1, seeds + 1):
         for name, side in sides.items():
             jobs[name], started = make_job(side, seed, scripts), time.time()
             run_once(jobs[name], work / name, name == "compiled")
             runs[name].append(reached(work / name / "run", started, level))
             say(f"{task.label} on {task.env}, seed {seed}, {name}: {runs[name][-1]['seconds']} s")
-    return {
-        "script": task.script, "variant": task.variant, "env": task.env, "steps": task.steps,
-        "flags": task.flags, "level": level, "script_hash": jobs["eager"].script_hash,
-        "commit": jobs["eager"].commit, "versions": jobs["peer"].versions,
-        "machine": machine(), "threads": 1,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "load_average": round(os.getloadavg()[0], 1), "runs": runs,
-    }
+    job = replace(jobs["eager"], versions=jobs["peer"].versions)
+    return facts(task, job) | {"level": level, "runs": runs}
 
 
 def read_threshold(results: Path) -> list[dict[str, Any]]:
@@ -110,8 +103,6 @@ def threshold_section(rows: list[dict[str, Any]]) -> list[str]:
     """The table, in Markdown; empty if nothing was measured."""
     if not rows:
         return []
-    machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
-    dates = sorted({row["date"] for row in rows})
     return [
         "### threshold", "",
         "| Script | Environment | Return | Seeds | Seconds | with `--compile` | SB3's seconds "
@@ -120,6 +111,6 @@ def threshold_section(rows: list[dict[str, Any]]) -> list[str]:
         "From the start of the process until the mean return of the last 100 training episodes is "
         "at the level: median [least, greatest] over the seeds; never: not within the run's steps. "
         "Stable-Baselines3 with the same hyperparameters, runs one after the other, on one thread. "
-        f"Measured {dates[0]}{f' to {dates[-1]}' if dates[1:] else ''} on {'; '.join(machines)}.",
+        f"{measured(rows)}",
         "", "```", "python -m benchmarks threshold", "python -m benchmarks report", "```", "",
     ]

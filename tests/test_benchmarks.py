@@ -526,20 +526,52 @@ def test_ratios_are_taken_within_pairs_and_interleaved(monkeypatch, tmp_path):
     """A machine that is slower in the second pair leaves the ratios alone."""
     order, rates = [], {"eager": [300, 30], "compiled": [400, 40], "peer": [100, 10]}
 
-    def run_once(job, directory, compiled):
+    def run_once(job, directory, compiled, threads):
         order.append(directory.name)
+        assert threads == 3
         assert (directory.name == "compiled") is compiled
         assert bool(job.task.peer) is (directory.name == "peer") and job.seed == 1 + len(order) // 4
         return {"sps": rates[directory.name].pop(0), "first_point_seconds": 1, "peak_mib": 100}
 
     monkeypatch.setattr(speed, "run_once", run_once)
-    speed.speed([suites.Task("ppo", "CartPole-v1", 1000)], 2, tmp_path, tmp_path, ROOT)
+    speed.speed([suites.Task("ppo", "CartPole-v1", 1000)], 2, 3, tmp_path, tmp_path, ROOT)
     assert order == ["eager", "compiled", "peer"] * 2
     (row,) = speed.read_speed(tmp_path)
     assert speed.ratios(row, "eager") == [3, 3] and speed.ratios(row, "compiled") == [4, 4]
     text = "\n".join(speed.speed_section([row]))
-    assert "| ppo | CartPole-v1 | 2 | 165 [30, 300] | 220 [40, 400] | 55 [10, 100] " in text
+    assert "| ppo | CartPole-v1 | 3 | 2 | 165 [30, 300] | 220 [40, 400] | 55 [10, 100] " in text
     assert "| 3.00 [3.00, 3.00] | 4.00 [4.00, 4.00] | 100, 100 | 1, 1 |" in text
+    assert "python -m benchmarks speed --threads 3" in text
+
+
+def test_only_the_first_compiled_run_is_a_cold_one(monkeypatch, tmp_path):
+    """The next ones find its cache, although their directories are made anew; all have the
+    threads that were asked for."""
+    monkeypatch.setattr(speed, "steady_rate", lambda directory: (1.0, 1.0))
+    program = b"""if True:
+        import os, pathlib, sys
+        cache = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / str(len(list(cache.iterdir())))).touch()
+        print(os.environ["OMP_NUM_THREADS"], *sys.argv[-3:], sorted(os.listdir(cache)))
+    """
+    job = suites.Job(suites.Task("ppo", "CartPole-v1", 1000), 1, program, "", {}, None)
+    said = []
+    for side in ("eager", "compiled", "compiled"):
+        speed.run_once(job, tmp_path / side, side == "compiled", 2)
+        said.append((tmp_path / side / "stdout.txt").read_text().strip())
+    assert said == [
+        "2 2 --eval-episodes 1 ['0']",
+        "2 --eval-episodes 1 --compile ['0', '1']",
+        "2 --eval-episodes 1 --compile ['0', '1', '2']",
+    ]
+
+
+def test_rows_of_other_threads_stand_side_by_side(tmp_path):
+    row = {"script": "ppo", "env": "CartPole-v1", "variant": ""}
+    for threads, runs in ((1, "a"), (2, "b"), (1, "c")):
+        speed.keep_row(tmp_path / "speed.json", row | {"threads": threads, "runs": runs})
+    assert [x["runs"] for x in speed.read_speed(tmp_path)] == ["c", "b"]
 
 
 def test_speed_end_to_end(tmp_path, capsys):
@@ -551,7 +583,7 @@ def test_speed_end_to_end(tmp_path, capsys):
     assert set(row["runs"]) == {"eager", "compiled"} and row["threads"] == 1
     for (run,) in row["runs"].values():
         assert run["sps"] > 100 and 50 < run["peak_mib"] < 5000
-    assert "npg | CartPole-v1 | 1 |" in "\n".join(speed.speed_section([row]))
+    assert "npg | CartPole-v1 | 1 | 1 |" in "\n".join(speed.speed_section([row]))
     suite.write_text('[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 1\n')
     assert main([*command, str(tmp_path / "results")]) == 2
     assert "less than one iteration" in capsys.readouterr().err
@@ -909,6 +941,8 @@ def test_what_a_killed_harness_left_running_is_ended(fake):
         (["speed", "nothing"], "no suite nothing"),
         (["speed", "--only", "dqn"], "no script dqn in suite speed"),
         (["speed", "--pairs", "0"], "argument --pairs: 0 is not above 0"),
+        (["scaling", "--seeds", "0"], "argument --seeds: 0 is not above 0"),
+        (["scaling", "quick"], "npg on CartPole-v1 does not say its num_envs"),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments, words, capsys):
