@@ -128,6 +128,40 @@ def plot_curves(groups: list[Group], random: dict[str, Any], path: Path) -> None
         save(figure, path)
 
 
+def apart(heights: list[float], least: float) -> list[float]:
+    """The heights, in their order, moved up so that neighbours are at least that far apart."""
+    moved: dict[int, float] = {}
+    for i in sorted(range(len(heights)), key=lambda i: heights[i]):
+        moved[i] = max([heights[i], *(y + least for y in moved.values())])
+    return [moved[i] for i in range(len(heights))]
+
+
+def plot_ladder(groups: list[Group], random: dict[str, Any], path: Path) -> None:
+    """The scripts on one environment, each curve with its name at its end."""
+    env, bottom = groups[0].env, "random play"
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+        ends, styles = [], {}
+        for group in groups:
+            styles[f"{group.label}, {len(group.records)} seeds"] = look(group.label)
+            plot_group(axes, group, "steps", look(group.label))
+            ends.append(float(np.asarray(axes.lines[-1].get_ydata())[-1]))
+        if env in random:
+            styles[bottom] = {"color": "#888888", "linestyle": "-"}
+            axes.axhline(random[env]["mean"], color="#888888", linewidth=0.8, zorder=1)
+            ends.append(random[env]["mean"])
+        low, high = axes.get_ylim()
+        for (name, style), y in zip(styles.items(), apart(ends, 0.06 * (high - low))):
+            axes.annotate(name, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(4, 0),
+                          textcoords="offset points", va="center", color=style["color"])
+        axes.set_xlim(0, max(group.steps for group in groups))
+        axes.xaxis.set_major_formatter(FuncFormatter(short_count))
+        axes.set_xlabel("environment steps")
+        axes.set_ylabel("return of an episode")
+        axes.set_title(env, fontsize=10)
+        save(figure, path)
+
+
 def pairs(names: list[str]) -> list[tuple[str, str]]:
     """Each algorithm against the one before it on the list of scripts, and against its peer."""
     ours = [name for name in names if name == base_script(name)]

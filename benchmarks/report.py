@@ -30,6 +30,7 @@ from benchmarks.stats import coverage_note, iqm_interval
 from benchmarks.suites import ROOT, BenchmarkError, load_suite
 from benchmarks.threshold import read_threshold, threshold_section
 
+LADDER, LADDER_PICTURE = ("mujoco", "HalfCheetah-v5"), "ladder.png"  # at the top of the README
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -170,6 +171,12 @@ def faults_section(results: Path) -> list[str]:
     ]
 
 
+def ladder(suites: list[tuple[str, list[Group], Normalised]]) -> list[Group]:
+    """The scripts on the environment that the README shows first, without peers and variants."""
+    found = [group for name, groups, _ in suites if name == LADDER[0] for group in groups]
+    return [x for x in found if x.env == LADDER[1] and x.label == base_script(x.label)]
+
+
 def replace_section(text: str, section: str) -> str:
     before, rest = text.split(BEGIN, 1)
     return f"{before}{BEGIN}\n{section}{END}{rest.split(END, 1)[1]}"
@@ -232,11 +239,12 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         pictures = [results / f"{name}_curves.png" for name, *_ in todo + llms]
         pictures += [results / f"{name}_aggregate.png" for name, _, s in todo if s.scores]
         pictures += [results / step_sizes.PICTURE] * bool(step_sizes.summary(results))
+        pictures += [results / LADDER_PICTURE] * bool(ladder(todo))
         stale += [path for path in pictures if not path.exists()]
         for path in stale:
             print(f"{path} is stale: python -m benchmarks report", file=sys.stderr)
         return 1 if stale else 0
-    from benchmarks.plots import plot_aggregate, plot_curves
+    from benchmarks.plots import plot_aggregate, plot_curves, plot_ladder
 
     for name, groups in llms:
         plot_llm(groups, results / f"{name}_curves.png")
@@ -244,6 +252,8 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         plot_curves(groups, random, results / f"{name}_curves.png")
         if scores.scores:
             plot_aggregate(scores, results / f"{name}_aggregate.png")
+    if rungs := ladder(todo):
+        plot_ladder(rungs, random, results / LADDER_PICTURE)
     if step_sizes.summary(results):
         step_sizes.plot(results)
     for path, text in texts.items():

@@ -23,6 +23,7 @@ from benchmarks import (
     compare,
     groups,
     peers,
+    plots,
     report,
     results,
     runner,
@@ -319,6 +320,30 @@ def test_report_is_reproducible_and_knows_when_it_is_stale(classic, capsys):
     results.merge_records(classic / "classic.jsonl", [make_record(seed=3, final=1.0)])
     assert main([*arguments, "--check"]) == 1
     assert "README.md is stale" in capsys.readouterr().err
+
+
+def test_the_ladder_is_drawn_without_peers_and_variants(tmp_path, monkeypatch):
+    records = [
+        make_record(env, script, seed, 1000.0, variant=variant)
+        for env in ("HalfCheetah-v5", "Hopper-v5") for seed in (1, 2)
+        for script, variant in (("trpo", ""), ("trpo", "odd"), ("a2c", ""), ("sb3-trpo", ""))
+    ]
+    results.merge_records(tmp_path / "mujoco.jsonl", records)
+    (tmp_path / "random.json").write_text('{"HalfCheetah-v5": {"mean": -280, "std": 9}}')
+    drawn, plot_ladder = [], plots.plot_ladder
+    monkeypatch.setattr(plots, "plot_ladder", lambda *x: drawn.append(x) or plot_ladder(*x))
+    assert report.report(tmp_path, None, check=False) == 0
+    ((rungs, _, path),) = drawn
+    assert [(x.env, x.label) for x in rungs] == [("HalfCheetah-v5", x) for x in ("a2c", "trpo")]
+    assert path.stat().st_size > 10_000 and report.report(tmp_path, None, check=True) == 0
+    path.unlink()
+    assert report.report(tmp_path, None, check=True) == 1
+
+
+def test_names_at_the_ends_of_curves_do_not_overlap():
+    assert plots.apart([5.0, 1.0, 9.0], 2) == [5, 1, 9]
+    assert plots.apart([5.0, 4.5, 5.5], 2) == [6.5, 4.5, 8.5]
+    assert plots.apart([3.0, 3.0], 1) == [3, 4] and plots.apart([], 1) == []
 
 
 def test_report_counts_every_seed_and_names_the_missing(classic, capsys):
