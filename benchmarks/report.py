@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ from benchmarks.stats import coverage_note, iqm_interval
 from benchmarks.suites import ROOT, BenchmarkError, load_suite
 from benchmarks.threshold import read_threshold, threshold_section
 
+SHOWN = (("classic", "CartPole-v1"), ("mujoco", "HalfCheetah-v5"))  # in the README's first table
 LADDER, LADDER_PICTURE = ("mujoco", "HalfCheetah-v5"), "ladder.png"  # at the top of the README
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -177,6 +179,27 @@ def ladder(suites: list[tuple[str, list[Group], Normalised]]) -> list[Group]:
     return [x for x in found if x.env == LADDER[1] and x.label == base_script(x.label)]
 
 
+def results_in_short(script: str, suites: dict[str, list[Group]]) -> str:
+    """The last cell of a script's row in the README's first table: its means, where it has any."""
+    cells = []
+    for suite, env in SHOWN:
+        for group in suites.get(suite, []):
+            if (group.env, group.label) == (env, script):
+                mean = f"{env.split('-')[0]} {group.finals.mean():,.0f}"
+                cells.append(f"[{mean}](#{suite})")
+    for group in suites.get("addition", []) if script == "grpo_rloo" else []:
+        if group.records[0]["variant"] == "grpo":
+            mean = np.mean([record["eval_return_mean"] for record in group.records])
+            cells.append(f"[addition {100 * mean:.1f} %](#addition)")
+    return ", ".join(cells) or "-"
+
+
+def fill_table(text: str, suites: dict[str, list[Group]]) -> str:
+    """The README with the results of each script at the end of its row in the first table."""
+    row = re.compile(r"^(\| \[`(\w+)\.py`\].* \| )[^|]*( \|)$", re.MULTILINE)
+    return row.sub(lambda found: found[1] + results_in_short(found[2], suites) + found[3], text)
+
+
 def replace_section(text: str, section: str) -> str:
     before, rest = text.split(BEGIN, 1)
     return f"{before}{BEGIN}\n{section}{END}{rest.split(END, 1)[1]}"
@@ -233,7 +256,9 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         text = readme.read_text() if readme.exists() else ""
         if BEGIN not in text or END not in text:
             raise BenchmarkError(f"{readme} has no {BEGIN} and {END} for the results to go between")
-        texts[readme] = replace_section(text, "\n".join(["", *sections["benchmarks/results/"]]))
+        found = {name: groups for name, groups, *_ in todo + llms}
+        section = "\n".join(["", *sections["benchmarks/results/"]])
+        texts[readme] = replace_section(fill_table(text, found), section)
     if check:
         stale = [p for p, text in texts.items() if not p.exists() or p.read_text() != text]
         pictures = [results / f"{name}_curves.png" for name, *_ in todo + llms]

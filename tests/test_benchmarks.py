@@ -340,6 +340,21 @@ def test_the_ladder_is_drawn_without_peers_and_variants(tmp_path, monkeypatch):
     assert report.report(tmp_path, None, check=True) == 1
 
 
+def test_the_first_table_ends_with_the_means(classic):
+    row = "| [`{0}.py`]({0}.py) | a paper | an update | {1} | {2} |"
+    more = [make_record("HalfCheetah-v5", "ppo", seed, x) for seed, x in ((1, 1000.0), (2, 2001.0))]
+    results.merge_records(classic / "mujoco.jsonl", more)
+    section = f"{report.BEGIN}\n{report.END}"
+    rows = [row.format("ppo", 12, "old"), row.format("a2c", "", "[table](#results)"), "| ppo | x |"]
+    (classic / "README.md").write_text("\n".join([*rows, section]))
+    assert main(["report", str(classic), "--readme", str(classic / "README.md")]) == 0
+    finals = [r["train_return_last100"] for r in results.read_results(classic)["classic"]
+              if (r["env"], r["script"]) == ("CartPole-v1", "ppo")]
+    cell = f"[CartPole {np.mean(finals):.0f}](#classic), [HalfCheetah 1,500](#mujoco)"
+    made = (classic / "README.md").read_text().splitlines()
+    assert made[:3] == [row.format("ppo", 12, cell), row.format("a2c", "", "-"), "| ppo | x |"]
+
+
 def test_names_at_the_ends_of_curves_do_not_overlap():
     assert plots.apart([5.0, 1.0, 9.0], 2) == [5, 1, 9]
     assert plots.apart([5.0, 4.5, 5.5], 2) == [6.5, 4.5, 8.5]
