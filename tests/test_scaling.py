@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import scaling, suites, threshold
+from benchmarks import scaling, speed, suites, threshold
 from benchmarks.__main__ import main
 
 
@@ -43,6 +43,9 @@ def test_scaling_end_to_end(tmp_path, monkeypatch, capsys):
     """Real runs, to a return that random play has; and a level that none reaches."""
     monkeypatch.setattr(threshold, "LEVELS", {"CartPole-v1": 10.0})
     monkeypatch.setattr(scaling, "LEVELS", {"CartPole-v1": 10.0})
+    # Without the wait for the compiler: test_speed_end_to_end has that.
+    eager = lambda job, directory, _: speed.run_once(job, directory, False)
+    monkeypatch.setattr(scaling, "run_once", eager)
     suite = tmp_path / "small.toml"
     suite.write_text(
         'publish = false\n[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 6000\n'
