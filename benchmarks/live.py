@@ -52,10 +52,12 @@ class Live:
             sys.stdout.write(f"\033[{self.drawn}F\033[J")
             self.drawn = 0
 
+    def due(self) -> bool:
+        """Whether the table is to be drawn: twice a second, on a terminal."""
+        return self.terminal and time.monotonic() >= self.next_draw
+
     def draw(self, header: str, rows: list[tuple[str, int, Path]]) -> None:
-        """Redraw the table of running jobs (name, steps in all, stdout), twice a second."""
-        if not self.terminal or time.monotonic() < self.next_draw:
-            return
+        """Redraw the table of running jobs (name, steps in all, stdout)."""
         self.erase()
         width = os.get_terminal_size().columns - 1
         name_width = max([len(row[0]) for row in rows], default=0)

@@ -89,10 +89,10 @@ class Campaign:
                     self.begin(self.waiting.pop(0))
                 for attempt in list(self.running):
                     self.check(attempt)
-                rows = [
-                    (str(a.job), a.job.task.steps, a.directory / "stdout.txt") for a in self.running
-                ]
-                self.live.draw(self.header(), rows)
+                if self.live.due():
+                    logs = [(a.job, a.directory / "stdout.txt") for a in self.running]
+                    rows = [(str(job), job.task.steps, log) for job, log in logs]
+                    self.live.draw(self.header(), rows)
                 time.sleep(POLL_SECONDS)
         finally:
             self.stop_all()
