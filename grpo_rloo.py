@@ -30,15 +30,16 @@ gradient. r - mean is (G - 1) / G times rloo's: dividing by std weighs easy and 
 1 / |o_i| weighs a token of a long completion down; neither is the gradient of the mean reward.
 
 How far to step: at the first update pi = pi_old, every ratio is 1 and the clip idle; with
---update-epochs 1 --num-minibatches 1 the clip fractions are always 0. policy_loss is then -sum w A,
-for grpo, rloo and gspo 0, as A cancels within a group. Its gradient is not 0, and that counts.
+--update-epochs 1 --num-minibatches 1 the clip fractions are always 0. policy_loss is then -sum w A
+(cispo: -sum w A log pi), for grpo, rloo and gspo 0, as A cancels in a group; its gradient is not.
 
-Deviations: a warm start makes pi_ref; none of these papers has the entropy bonus (0 by default);
-RLOO's has no clip; REINFORCE++ takes its KL off token by token; cispo's 0.28 is ours, and its paper
-has dapo's sampling and penalty; "sum" and B are those of a minibatch. Curves: reward and accuracy
-rise; zero_std: share of groups with equal rewards. entropy near 0 with poor accuracy: exploration
-died, as a group that is wrong all alike gives no gradient: raise temperature, ent_coef or
-clip_coef_high; accuracy near 0 with a high entropy: lower them. truncated: L is short.
+Deviations: a warm start makes pi_ref, and its Adam goes on; none of these papers has the entropy
+bonus; RLOO's has no clip; REINFORCE++ takes its KL off token by token; cispo's 0.28 is ours, and
+its paper has dapo's sampling and penalty; "sum" and B are those of a minibatch. Curves: reward and
+accuracy rise; zero_std: share of groups with equal rewards. losses are of the groups learnt from:
+dynamic sampling leaves easy ones out. entropy near 0 with poor accuracy: exploration died, as a
+group that is wrong all alike gives no gradient: raise temperature, ent_coef or clip_coef_high;
+accuracy near 0 with a high entropy: lower them. truncated: L is short.
 
 Run: python grpo_rloo.py grpo            All flags: python grpo_rloo.py grpo --help
 """
@@ -403,8 +404,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, weights, args: Args) -
 
 
 def kl_estimate(logprobs, old_logprobs, ref_logprobs, estimator: str) -> Tensor:
-    """KL(pi, pi_ref) at each token, from one sample. While pi = pi_old all have its mean, k2 but
-    nearly; the mean gradient of k1 is 0, of k2 and unbiased the KL's, of k3 KL(pi_ref, pi)'s."""
+    """KL(pi, pi_ref) at each token, from one sample. While pi = pi_old all have its mean, k2 near
+    pi_ref; the mean gradient of k1 is 0, of k2 and unbiased the KL's, of k3 KL(pi_ref, pi)'s."""
     k1 = logprobs - ref_logprobs
     if estimator in ("k1", "k2"):
         return k1 if estimator == "k1" else 0.5 * k1**2
@@ -416,22 +417,22 @@ METRICS = ("policy_loss", "kl", "entropy", "old_approx_kl", "approx_kl",
            "clipfrac_low", "clipfrac_high")
 
 def total_loss(agent: Agent, batch, args: Args):
-    """Minus J; and METRICS, each a part of the minibatch's mean, as one tensor."""
+    """Minus J; and METRICS as one tensor: its policy term, then parts of means over all tokens."""
     prompts, real, completions, mask, old_logprobs, ref_logprobs, advantages, weights, share = batch
     sampled = prompts, real, completions, mask
     logprobs, entropy = completion_logprobs(agent, *sampled, args.temperature)
     pg_loss = policy_loss(logprobs, old_logprobs, advantages, mask, weights, args)
-    kl = (weights * kl_estimate(logprobs, old_logprobs, ref_logprobs, args.kl_estimator)).sum()
+    kl = kl_estimate(logprobs, old_logprobs, ref_logprobs, args.kl_estimator)
     loss = pg_loss - args.ent_coef * (weights * entropy).sum()
     if args.kl_coef and args.kl_in == "loss":
-        loss = loss + args.kl_coef * kl
+        loss = loss + args.kl_coef * (weights * kl).sum()
     with torch.no_grad():  # share [B, L] is 1 / tokens of the minibatch
         ratio = importance_ratio(logprobs, old_logprobs, mask, args.ratio)
         k1 = old_logprobs - logprobs
         k3 = (-k1).expm1() + k1
         low, high = ratio < 1 - args.clip_coef, ratio > 1 + args.clip_coef_high
-        means = [(share * x).sum() for x in (entropy, k1, k3, low, high)]
-    return loss, torch.stack([pg_loss.detach(), kl.detach(), *means])
+        means = [(share * x).sum() for x in (kl, entropy, k1, k3, low, high)]
+    return loss, torch.stack([pg_loss.detach(), *means])
 
 
 def warm_start(agent: Agent, optimizer, theta, train, widths, solve, args: Args, device) -> None:
@@ -574,15 +575,15 @@ def main(args: Args) -> None:
         losses |= {"grad_norm": float(grad_norms) / updates}
         completions, mask, scores = (torch.cat(x) for x in zip(*drawn))  # not the chosen ones alone
         of_groups = scores.view(-1, G)
+        mean = lambda x: x.float().mean().item()
         charts = {
-            "reward": scores.mean().item(), "accuracy": (scores == 1).float().mean().item(),
-            "zero_std": (of_groups.amin(1) == of_groups.amax(1)).float().mean().item(),
-            "completion_length": mask.sum(1).float().mean().item(),
-            "truncated": 1 - (completions == END).any(1).float().mean().item(),
-            "learning_rate": learning_rate,
+            "reward": mean(scores), "reward_std": scores.std().item(),
+            "accuracy": mean(scores == 1), "completion_length": mean(mask.sum(1)),
+            "zero_std": mean(of_groups.amin(1) == of_groups.amax(1)),
+            "truncated": 1 - mean((completions == END).any(1)), "learning_rate": learning_rate,
         }
         if (wrong := scores < 1).any():
-            charts["wrong_length"] = mask[wrong].sum(1).float().mean().item()
+            charts["wrong_length"] = mean(mask[wrong].sum(1))
         run.log(losses, charts, int(mask.sum()))
     run.finish(iteration, solve(test))
 

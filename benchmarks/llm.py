@@ -1,5 +1,6 @@
 """Results of grpo_rloo.py -> table and picture: what its methods make of the same completions."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,14 @@ def percent(values: np.ndarray) -> str:
 
 
 def length(values: np.ndarray) -> str:
-    """Mean over the seeds that still made mistakes."""
+    """Mean over the seeds that made any mistakes; where one made none its last stand."""
     return f"{np.nanmean(values):.2f}" if np.isfinite(values).any() else "-"
+
+
+def longest(group: Group) -> str:
+    """Most seconds of a whole process, of the runs that were not interrupted."""
+    seconds = [x for record in group.records if (x := record.get("process_seconds"))]
+    return f"{max(seconds):.0f}" if seconds else "-"
 
 
 def accuracies(group: Group, name: str) -> np.ndarray:
@@ -48,8 +55,9 @@ def llm_section(name: str, groups: list[Group], notes: list[str], origin: str,
         "Against completions sampled: interquartile mean over seeds; band: its 95 % percentile "
         "bootstrap interval.", "",
         "| Task | Method | Completions | Seeds | Accuracy after the warm start, % | Accuracy, % "
-        "| IQM [95 % interval] | Entropy at the end | Tokens of a wrong completion | Time (s) |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| IQM [95 % interval] | Entropy at the end | Tokens of a wrong completion | Time (s) "
+        "| Longest, whole (s) |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for group in groups:
         finals = accuracies(group, "eval_return_mean")
@@ -59,11 +67,14 @@ def llm_section(name: str, groups: list[Group], notes: list[str], origin: str,
             f"| {group.env} | {group.records[0]['variant']} | {group.steps:,} | {len(finals)} "
             f"| {percent(accuracies(group, 'accuracy_sft'))} | {percent(finals)} "
             f"| {middle:.1f} [{low:.1f}, {high:.1f}] | {last(group, 'entropy').mean():.3f} "
-            f"| {length(last(group, 'wrong_length'))} | {seconds:.0f} |"
+            f"| {length(last(group, 'wrong_length'))} | {seconds:.0f} | {longest(group)} |"
         )
     lines += [
         "", "Accuracy: greedy, on held-out prompts; mean (least to greatest) over the seeds. End: "
-        "the last tenth of the run. Time: median over seeds, warm start excluded. " + origin, "",
+        "the last tenth of the run. Entropy: of the groups learnt from, of which dapo leaves out "
+        "those with equal rewards. Wrong completions: of whichever prompts a method still gets "
+        "wrong. Time: median over seeds, warm start excluded; longest, whole: of the seeds' whole "
+        "processes. " + origin, "",
     ]
     if note := coverage_note(min(len(group.records) for group in groups)):
         lines += [note, ""]
@@ -82,7 +93,13 @@ def plot_llm(groups: list[Group], path: Path) -> None:
 
     tasks = list(dict.fromkeys(group.env for group in groups))
     methods = list(dict.fromkeys(str(group.records[0]["variant"]) for group in groups))
-    color = dict(zip(methods, VARIANTS, strict=False))
+    # A preset with a change has the preset's colour, dashed.
+    presets = list(dict.fromkeys(name.split()[0] for name in methods))
+    colors = dict(zip(presets, VARIANTS))
+    look = {
+        name: {"color": colors[name.split()[0]], "linestyle": "-" if name in presets else dash}
+        for name, dash in zip(methods, itertools.cycle(((0, (4, 1)), (0, (1, 1)))))
+    }
     with plt.rc_context(STYLE):
         size = (3.2 * len(PANELS), 2.5 * len(tasks) + 0.5)
         figure, grid = plt.subplots(len(tasks), len(PANELS), figsize=size, layout="constrained",
@@ -95,13 +112,14 @@ def plot_llm(groups: list[Group], path: Path) -> None:
                 middle, low, high = curve_iqm(curves[:, whole])
                 x = grid_steps(group.steps)[whole]
                 if len(curves) > 1:
-                    axes.fill_between(x, low, high, color=color[method], alpha=0.2, linewidth=0)
-                axes.plot(x, middle, color=color[method], linewidth=1.5)
+                    axes.fill_between(x, low, high, color=look[method]["color"], alpha=0.2,
+                                      linewidth=0)
+                axes.plot(x, middle, linewidth=1.5, **look[method])
                 axes.set_title(f"{group.env}: {title}" if len(tasks) > 1 else title, fontsize=10)
                 axes.xaxis.set_major_formatter(FuncFormatter(short_count))
                 axes.set_xlim(left=0)
         for axes in grid[-1]:
             axes.set_xlabel("completions")
-        handles: Any = [Line2D([], [], color=color[name], label=name) for name in methods]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        handles: Any = [Line2D([], [], label=name, **look[name]) for name in methods]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
         save(figure, path)

@@ -118,12 +118,20 @@ def make_record(job: Job, directory: Path) -> dict[str, Any]:
         "date": started["date"],
         "commit": started["commit"],
         **{name: rounded(summary[name]) for name in NUMBERS if name != "steps"},
-        **({"accuracy_sft": rounded(summary["accuracy_sft"])} if llm else {}),
+        **(of_llm(summary, started.get("started"), run_dir) if llm else {}),
         "curve": {
             **{key: [rounded(x, 5) for x in curve] for key, curve in curves.items()},
             "seconds": [rounded(x, 4) for x in seconds],
         },
     }
+
+
+def of_llm(summary: dict[str, Any], started: float | None, run_dir: Path) -> dict[str, Any]:
+    """What a run of grpo_rloo has besides: the accuracy of its warm start, and the seconds from the
+    start of the process to the summary, None if it was resumed."""
+    seconds = (run_dir / "summary.json").stat().st_mtime - started if started else math.nan
+    facts = {"accuracy_sft": summary["accuracy_sft"], "process_seconds": seconds}
+    return {name: rounded(x) for name, x in facts.items()}
 
 
 def label(record: dict[str, Any]) -> str:

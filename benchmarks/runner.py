@@ -42,7 +42,7 @@ class Attempt:
 def command_line(job: Job, script: Path, run_dir: Path) -> list[str]:
     task, names = job.task, ["--env-id", job.task.env, "--seed", str(job.seed)]
     if task.script == "grpo_rloo":
-        names[:2] = [task.variant, "--task", task.env]
+        names[:2] = [task.variant.split()[0], "--task", task.env]
     names += ["--total-timesteps", str(task.steps), "--run-dir", str(run_dir)]
     if task.peer:
         settings = ["--settings", json.dumps(job.peer_settings)]
@@ -130,6 +130,7 @@ class Campaign:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         facts = {"machine": machine() | {"jobs": self.parallel}, "date": today}
         facts |= {"commit": job.commit, "command": command}
+        facts |= {"started": None if attempt.resumed else time.time()}
         write_atomically(directory / "job.json", json.dumps(facts, indent=2) + "\n")
         try:
             attempt.handle = self.engine.submit(command, environment(), directory)

@@ -32,7 +32,7 @@ class Task:
     flags: dict[str, Any] = field(default_factory=dict)
     variant: str = ""
     """sets a task with other flags apart from the same script's in tables and pictures; of
-    grpo_rloo, whose env is its --task, it is the preset"""
+    grpo_rloo, whose env is its --task, its first word is the preset"""
     peer: str = ""
     """the library that runs the task in the script's place"""
 

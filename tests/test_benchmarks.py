@@ -186,8 +186,10 @@ def test_shipped_suites_load(path):
     suite = suites.load_suite(path.stem)
     assert suite.seeds >= 2
     for task in suite.tasks:
-        if task.script == "grpo_rloo":  # a preset and a task of its own
-            assert task.variant in grpo_rloo.PAPERS and hasattr(grpo_rloo, task.env)
+        if task.script == "grpo_rloo":  # a preset, with a + what is changed of it, and a task
+            preset, *change = task.variant.split(" + ")
+            assert preset in grpo_rloo.PAPERS and hasattr(grpo_rloo, task.env)
+            assert bool(change) is bool(task.flags) and grpo_rloo.Args(**task.flags)
             continue
         assert suites.library_versions(task)["gymnasium"]
         assert groups.published(suite.normalise_by, task.env, task.steps), task
@@ -644,11 +646,13 @@ def test_a_suite_of_methods_has_its_own_table(tmp_path):
     """Accuracy of the last network, entropy of the last tenth, and no return of an episode."""
     records = [make_llm_record("dapo", seed, 0.9 + seed / 100, None) for seed in (1, 2)]
     records += [make_llm_record("grpo", seed, 0.8, 4.0) for seed in (1, 2)]
+    for record, seconds in zip(records, (None, None, 70.6, 12.0), strict=True):  # None: resumed
+        record["process_seconds"] = seconds
     results.merge_records(tmp_path / "methods.jsonl", records)
     assert report.report(tmp_path, None, check=False) == 0
     text = (tmp_path / "report.md").read_text()
     start = "| sort | grpo | 500,000 | 2 | 25.0 (25.0 to 25.0) | 80.0 (80.0 to 80.0) | 80.0 "
-    assert start + "[80.0, 80.0] | 0.250 | 4.00 |" in text
+    assert start + "[80.0, 80.0] | 0.250 | 4.00 | 10 | 71 |" in text
     assert "| 91.5 (91.0 to 92.0) | 91.5 [91.0, 92.0] | 0.250 | - |" in text
     assert "episode" not in text and (tmp_path / "methods_curves.png").stat().st_size > 10_000
     assert report.report(tmp_path, None, check=True) == 0
@@ -659,10 +663,12 @@ def test_a_suite_of_methods_has_its_own_table(tmp_path):
 def test_methods_run_end_to_end(tmp_path, capsys):
     suite = tmp_path / "tiny.toml"
     suite.write_text(
-        'seeds = 1\npublish = false\n[[task]]\nscript = "grpo_rloo"\nvariant = "rloo"\n'
+        'seeds = 1\npublish = false\n[[task]]\nscript = "grpo_rloo"\nvariant = "rloo + colder"\n'
         'env = "sort"\nsteps = 256\n'
-        "flags = {num_prompts = 16, width = 16, sft_steps = 2, num_minibatches = 1}\n"
+        "flags = {num_prompts = 16, width = 16, sft_steps = 2, num_minibatches = 1, "
+        "temperature = 0.9}\n"
     )
+    began = time.monotonic()
     assert main(["run", str(suite), "--work", str(tmp_path), "--jobs", "1"]) == 0
     (record,) = results.read_records(tmp_path / "results" / "tiny.jsonl")
     (run_dir,) = tmp_path.glob("sort__grpo_rloo*/run")
@@ -674,7 +680,8 @@ def test_methods_run_end_to_end(tmp_path, capsys):
     assert list(steps) == [128, 256]
     assert record["curve"]["entropy"][49] == pytest.approx(entropy[0], rel=1e-4)
     assert record["curve"]["entropy"][99] == pytest.approx(entropy[1], rel=1e-4)
-    assert "gymnasium" not in record["versions"]
+    assert "gymnasium" not in record["versions"] and summary["args"]["temperature"] == 0.9
+    assert summary["wall_seconds"] < record["process_seconds"] < time.monotonic() - began
 
 
 def test_sampling_is_measured_in_pairs(tmp_path, monkeypatch, capsys):

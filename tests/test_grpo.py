@@ -1,5 +1,6 @@
 """grpo_rloo.py: its objectives by enumeration of a toy language, its network, and its runs."""
 
+import copy
 import itertools
 import json
 import math
@@ -236,6 +237,40 @@ def test_kl_estimates_against_the_exact_kl_and_its_gradient():
     assert not torch.allclose(mean("k3", old)[1], gradient, rtol=0.1)
 
 
+def test_kl_estimates_over_whole_completions():
+    """By enumeration of the toy language. Token by token the values add up to the KL of whole
+    completions; the gradients are those of the KL after each prefix, weighed by how likely it is,
+    and leave out that prefixes become likelier or less so: by as much as stated here."""
+    theta, ref = toy_logits(), toy_logprobs(1.3 * toy_logits().flip(0)).detach()
+    logprobs = toy_logprobs(theta)
+    chance = logprobs.sum(1).exp()
+    exact = (chance * (logprobs - ref).sum(1)).sum()
+    (whole,) = torch.autograd.grad(exact, theta, retain_graph=True)
+    ours, theirs = theta.log_softmax(-1), (1.3 * toy_logits().flip(0)).log_softmax(-1).detach()
+    spoken: dict[str, float] = {}
+    for text, p in zip(COMPLETIONS, chance.tolist()):
+        for t in range(len(text)):
+            spoken[text[:t]] = spoken.get(text[:t], 0.0) + p
+    reach = torch.tensor([spoken[prefix] for prefix in PREFIXES], dtype=torch.float64)
+    onward, backward = (
+        torch.autograd.grad((reach[:, None] * p.exp() * (p - q)).sum(), theta, retain_graph=True)
+        for p, q in ((ours, theirs), (theirs, ours))
+    )
+    (onward,), (backward,) = onward, backward
+    for estimator, expected in (
+        ("k1", torch.zeros_like(theta)), ("k2", onward), ("k3", backward), ("unbiased", onward)
+    ):
+        values = grpo_rloo.kl_estimate(logprobs, logprobs.detach(), ref, estimator) * MASK
+        mean = (chance.detach() * values.sum(1)).sum()
+        (slope,) = torch.autograd.grad(mean, theta, retain_graph=True)
+        torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-12)
+        # k2 is the KL only near the reference, and here the policy is far from it.
+        assert mean.item() == pytest.approx(0.9663 if estimator == "k2" else exact.item(), abs=1e-4)
+    assert exact.item() == pytest.approx(0.6503, abs=1e-4)
+    assert cosine(onward, whole) == pytest.approx(0.9966, abs=1e-4)
+    assert cosine(backward, whole) == pytest.approx(0.8972, abs=1e-4)
+
+
 # --- The network ----------------------------------------------------------------------------------
 
 
@@ -335,6 +370,50 @@ def test_greedy_takes_the_likeliest():
     completions, _ = grpo_rloo.generate(agent, prompts, real, 1, 1, 0.0)
     logits, _ = agent(prompts, real)
     assert torch.equal(completions[:, 0], logits[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_every_greedy_token_is_that_of_the_full_forward(group_size):
+    """Several tokens in, from the cache, behind padding: token by token from the whole text."""
+    agent, (prompts, real) = agent_and_prompts()
+    completions, mask = grpo_rloo.generate(agent, prompts, real, group_size, 8, 0.0)
+    assert mask.sum(1).max() == 8 and len(completions.unique(dim=0)) > 2
+    for i, completion in enumerate(completions):
+        tokens = prompts[i // group_size][real[i // group_size]].tolist()
+        for token in completion[mask[i]].tolist():
+            batch = torch.tensor([tokens])
+            logits, _ = agent(batch, torch.ones_like(batch, dtype=torch.bool))
+            assert token == logits[0, -1].argmax().item()
+            tokens.append(token)
+        assert tokens[-1] == END or mask[i].all()
+
+
+def test_whole_samples_follow_their_chances_at_the_temperature():
+    """Of up to 3 tokens among a, b and the end: how often each of the 15 texts is said."""
+    agent, _ = agent_and_prompts(["ab"])
+    n, temperature = 30_000, 4.0
+    prompts, real = grpo_rloo.pad_left(["7=", "12+3="], 6)
+    torch.manual_seed(2)
+    completions, mask = grpo_rloo.generate(agent, prompts, real, n, 3, temperature)
+    for q in range(2):
+        said = [tuple(row[m].tolist()) for row, m in zip(completions, mask)][q * n : (q + 1) * n]
+        letters, start = [END, *grpo_rloo.encode("ab")], prompts[q][real[q]].tolist()
+        texts = [x for k in (1, 2, 3) for x in itertools.product(letters, repeat=k)
+                 if END not in x[:-1] and (x[-1] == END or k == 3)]
+        chances = []
+        for text in texts:
+            batch = torch.tensor([[*start, *text]])
+            logits, _ = agent(batch, torch.ones_like(batch, dtype=torch.bool))
+            table = (logits[0, len(start) - 1 : -1].double() / temperature).log_softmax(-1)
+            chances.append(table.gather(-1, torch.tensor(text)[:, None]).sum().exp().item())
+        assert len(texts) == 15 and sum(chances) == pytest.approx(1)
+        counts = np.array([said.count(text) for text in texts])
+        often = np.array(chances) * n >= 5
+        assert often.sum() > 8 and sum(counts) == n
+        seen = np.append(counts[often], counts[~often].sum())
+        expected = np.append(np.array(chances)[often], np.array(chances)[~often].sum()) * n
+        keep = expected > 0
+        assert stats.chisquare(seen[keep], expected[keep], sum_check=False).pvalue > 1e-3
 
 
 def make_batch(args: Args):
@@ -579,7 +658,119 @@ def test_the_warm_start_ends_at_its_accuracy(tmp_path, monkeypatch):
     assert (summary["accuracy_sft"], summary["accuracy"]) == (0.8, 0.9)
 
 
-@pytest.mark.parametrize("paper", ["grpo", "rloo", "gspo", "dr-grpo", "dapo"])
+def watch(monkeypatch, reward):
+    """Calls of total_loss (the policy of that moment, the minibatch) and of reward, in order."""
+    updates, scored, loss_function = [], [], grpo_rloo.total_loss
+
+    def spy(agent, batch, args):
+        updates.append((copy.deepcopy(agent), [x.clone() for x in batch]))
+        return loss_function(agent, batch, args)
+
+    def score(task, prompt, answer, completion):
+        scored.append((prompt, completion, reward(prompt, completion)))
+        return scored[-1][-1]
+
+    monkeypatch.setattr(grpo_rloo, "total_loss", spy)
+    monkeypatch.setattr(grpo_rloo, "reward", score)
+    monkeypatch.setattr(grpo_rloo, "accuracy", lambda *_: 0.0)  # asks for rewards too
+    return updates, scored
+
+
+def alone(agent, prompt, completion, temperature):
+    """log pi of each token of one completion, without padding or cache."""
+    tokens = torch.cat([prompt, completion])[None]
+    logits, _ = agent(tokens[:, :-1], torch.ones_like(tokens[:, :-1], dtype=torch.bool))
+    table = (logits[0, len(prompt) - 1 :] / temperature).log_softmax(-1)
+    return table.gather(-1, completion[:, None]).squeeze(-1).detach()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_an_update_is_given(masked, tmp_path, monkeypatch):
+    """In the second iteration, when the policy is not the reference any more: old and reference
+    log-probabilities at the temperature, each completion's advantage from its group's rewards less
+    the overlong penalty and the KL, and the weights, all made anew, one completion at a time."""
+    digits = lambda text: sum(int(x) for x in text if x.isdigit())
+    score = lambda prompt, text: (digits(prompt) + 2 * digits(text)) % 5 / 4
+    updates, _ = watch(monkeypatch, score)
+    generate, heats = grpo_rloo.generate, []
+    monkeypatch.setattr(grpo_rloo, "generate", lambda *x: heats.append(x[-1]) or generate(*x))
+    flags = f"rloo {TINY} --total-timesteps 32 --temperature 0.7 --overlong-buffer 2 --kl-coef 0.5"
+    flags += f" --learning-rate 0.01 --sft-steps 0 --{'' if masked else 'no-'}mask-truncated"
+    grpo_rloo.main(grpo_rloo.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
+    assert heats == [0.7, 0.7] and len(updates) == 8  # 2 iterations of 2 epochs of 2 minibatches
+    reference, policy, groups, cut, kls = updates[0][0], updates[4][0], 0, 0, []
+    for _, batch in updates[4:6]:  # the second iteration's first epoch
+        prompts, real, completions, mask, old, ref, advantages, weights, share = batch
+        assert len(prompts) == 2 and len(completions) == 8
+        torch.testing.assert_close(share, mask / mask.sum())
+        for q, (prompt, there) in enumerate(zip(prompts, real)):
+            prompt, rewards = prompt[there], []
+            for i in range(4 * q, 4 * q + 4):
+                n, text = int(mask[i].sum()), completions[i][mask[i]]
+                ours, theirs = (alone(x, prompt, text, 0.7) for x in (policy, reference))
+                torch.testing.assert_close(old[i, :n], ours, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(ref[i, :n], theirs, rtol=1e-4, atol=1e-5)
+                kls.append((ours - theirs).sum().item())
+                penalty = max(0, n - 3) / 2  # L is 5: two more than 199 has digits
+                spoken = grpo_rloo.decode(text.tolist())
+                shown = grpo_rloo.decode(prompt.tolist())
+                rewards.append(score(shown, spoken) - penalty - 0.5 * kls[-1])
+                whole = text[-1].item() == END
+                cut += not whole
+                expected = torch.where(mask[i], (whole or not masked) / n / 8, 0.0)
+                torch.testing.assert_close(weights[i], expected)
+            for i, reward in enumerate(rewards):
+                others = (sum(rewards) - reward) / 3
+                given = advantages[4 * q + i].item()
+                assert given == pytest.approx(reward - others, rel=1e-3, abs=1e-4)
+            groups += len(set(rewards)) > 1
+    assert groups >= 3 and 0 < cut < 16 and max(map(abs, kls)) > 0.05
+
+
+def test_dynamic_sampling_takes_the_groups_that_differ_first(tmp_path, monkeypatch):
+    """Against the rewards in the order in which they were given: which groups are learnt from, how
+    many rounds there are, and what is logged of all that was drawn."""
+    teaches = lambda prompt: sum(map(int, prompt[:2])) % 3 == 0
+    updates, scored = watch(monkeypatch, lambda prompt, text: teaches(prompt) * len(text) / 4.0)
+    flags = f"dapo {TINY} --total-timesteps 400 --num-minibatches 1 --update-epochs 1"
+    grpo_rloo.main(grpo_rloo.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
+    logged = {
+        name: read_scalars(tmp_path, f"charts/{name}")[1].tolist()
+        for name in ("reward", "reward_std", "accuracy", "zero_std")
+    }
+    steps, seen = [], set()
+    for number, (_, batch) in enumerate(updates):
+        found, spare, rewards = [], [], []
+        rounds = 0
+        while rounds < 3 and len(found) < 4:
+            rounds += 1
+            for _ in range(4):
+                group, scored = scored[:4], scored[4:]
+                values = [x[-1] for x in group]
+                rewards += values
+                texts = group[0][0], *(x[1] for x in group)
+                (found if len(set(values)) > 1 else spare).append(texts)
+        seen.add((rounds, len(found) < 4))
+        steps.append(16 * rounds)
+        expected = (found + spare)[:4]
+        prompts, real, completions, *_ = batch
+        taken = []
+        for q in range(4):
+            texts = [grpo_rloo.decode(x) for x in completions[4 * q : 4 * q + 4].tolist()]
+            taken.append((grpo_rloo.decode(prompts[q][real[q]].tolist()), *texts))
+        assert sorted(taken) == sorted(expected)
+        values = np.array(rewards)
+        groups = values.reshape(-1, 4)
+        of_groups = (groups.min(1) == groups.max(1)).mean()
+        assert logged["reward"][number] == pytest.approx(values.mean(), abs=1e-6)
+        assert logged["reward_std"][number] == pytest.approx(values.std(ddof=1), abs=1e-6)
+        assert logged["accuracy"][number] == pytest.approx((values == 1).mean(), abs=1e-6)
+        assert logged["zero_std"][number] == pytest.approx(of_groups)
+    assert not scored and {(2, False), (3, False), (3, True)} <= seen
+    assert read_scalars(tmp_path, "charts/reward")[0].tolist() == np.cumsum(steps).tolist()
+
+
+@pytest.mark.parametrize("paper", grpo_rloo.PAPERS)
 def test_first_update_has_ratio_1_and_later_ones_do_not(paper, tmp_path, monkeypatch):
     """The docstring's answer to why the loss is 0 at first and the clip idle."""
     seen = []
@@ -595,19 +786,20 @@ def test_first_update_has_ratio_1_and_later_ones_do_not(paper, tmp_path, monkeyp
         sampled = prompts, real, completions, mask
         new, _ = grpo_rloo.completion_logprobs(agent, *sampled, args.temperature)
         ratio = ((new - old) * mask).exp()
-        of_ones = -(weights * A[:, None]).sum().item()
+        told = new if paper == "cispo" else 1
+        of_ones = -(weights * A[:, None] * told).sum().item()
         seen.append(((ratio - 1).abs().max().item(), of_ones, *metrics.tolist()))
         return loss, metrics
 
     monkeypatch.setattr(grpo_rloo, "total_loss", spy)
     monkeypatch.setattr(grpo_rloo, "reward", lambda *texts: float(len(texts[-1]) % 2))
     flags = f"{paper} {TINY} --total-timesteps 16 --num-minibatches 1 --update-epochs 2"
-    flags += f" --learning-rate 1e-2 --run-dir {tmp_path}"
+    flags += f" --learning-rate 1e-2 --temperature 0.7 --run-dir {tmp_path}"
     grpo_rloo.main(grpo_rloo.parse_args(flags.split()))
-    (first, of_ones, loss, *_, low, high), (second, *_) = seen
+    (first, of_ones, loss, *_, low, high), (second, ones_again, after, *_, low2, high2) = seen
     assert first < 1e-5 and loss == pytest.approx(of_ones, abs=1e-6) and low == high == 0
-    assert paper in ("dr-grpo", "dapo") or abs(loss) < 1e-6
-    assert second > 1e-3
+    assert paper not in ("grpo", "rloo", "gspo") or abs(loss) < 1e-6
+    assert second > 1e-3 and abs(after - ones_again) > 1e-5 and low2 + high2 > 0
 
 
 class Killed(Exception):
@@ -715,7 +907,13 @@ def test_a_single_completion_may_be_compared_with_the_batch(tmp_path):
 
 
 def test_a_task_file_is_learnt(tmp_path):
-    path = tmp_path / "echo.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"{i}?", "answer": str(i)}) for i in range(50)))
-    run("grpo_rloo", "grpo", *TINY.split(), "--task-file", path, "--run-dir", tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 96
+    """Rewards alone teach most of what a short warm start has not."""
+    path, flags = tmp_path / "echo.jsonl", [*TINY.split(), "--width", "32", "--sft-steps", "60"]
+    lines = [{"prompt": f"{i}?", "answer": str(i % 10)} for i in range(100)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    flags += ["--num-prompts", "16", "--total-timesteps", "3200", "--sft-accuracy", "0.5"]
+    run("grpo_rloo", "grpo", *flags, "--task-file", path, "--run-dir", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    _, rewards = read_scalars(tmp_path / "run", "charts/reward")
+    assert summary["steps"] == 3200 and summary["accuracy_sft"] <= 0.5
+    assert rewards[:5].mean() < 0.6 and rewards[-5:].mean() > 0.85
