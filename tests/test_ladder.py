@@ -97,6 +97,7 @@ CHOICES: list[dict[str, Any]] = [
     {"baseline": "mean"},
     {"baseline": "mean", "reward_to_go": False},
     {"baseline": "value", "values": (0.9, -2.0, 1.3)},
+    {"baseline": "value", "values": (0.9, -2.0, 1.3), "reward_to_go": False},
 ]
 
 
@@ -145,6 +146,8 @@ def test_baselines_lower_the_variance(theta):
 
     raw = variance(baseline="none", reward_to_go=False)
     assert variance(baseline="none") < raw
+    assert variance(baseline="mean", reward_to_go=False) < raw
+    assert variance(baseline="mean") < variance(baseline="none")
     logp = torch.log_softmax(theta, -1).exp().detach().numpy()
     v2 = logp[2] @ PAY[2]
     v1 = logp[1] @ PAY[1] + v2
@@ -229,7 +232,8 @@ def test_schedules(monkeypatch, tmp_path):
     for name in ("constant", "linear", "robbins-monro"):
         before: list[tuple[int, int]] = [(0, 0)]
         flags = (
-            f"--lr-schedule {name} --total-timesteps 2000 --robbins-monro-k0 4 --eval-episodes 1"
+            f"--lr-schedule {name} --total-timesteps 2000 --robbins-monro-k0 4 --eval-episodes 1 "
+            "--num-envs 2"
         )
         reinforce.main(reinforce.parse_args([*flags.split(), "--run-dir", str(tmp_path / name)]))
         if name == "linear":
@@ -239,6 +243,15 @@ def test_schedules(monkeypatch, tmp_path):
     steps = np.arange(len(rates["robbins-monro"]))
     np.testing.assert_allclose(rates["robbins-monro"], 3e-3 / (1 + steps / 4))
     assert rates["robbins-monro"][4] == pytest.approx(1.5e-3)  # halved at k0
+    # Their sum has no bound and that of their squares has one: neither other schedule keeps both.
+    K, k0 = len(steps), 4
+    kept = {
+        name: (np.sum(x) >= 3e-3 * k0 * math.log(1 + len(x) / k0),
+               np.sum(np.square(x)) <= 3e-3**2 * (1 + k0))
+        for name, x in rates.items()
+    }
+    assert K > 20 and kept["robbins-monro"] == (True, True)
+    assert kept["constant"] == (True, False) and not all(kept["linear"])
 
 
 # --- Whole episodes -------------------------------------------------------------------------------

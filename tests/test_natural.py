@@ -216,6 +216,20 @@ def gradient_of(agent, params, obs, actions, advantages):
     return old, -npg.flat_gradient(loss, params)
 
 
+def test_the_diagonal_is_exact_where_f_is_diagonal():
+    """Of a Gaussian F is diagonal: 1 / sigma^2 for the means, 2 for the log stds."""
+    agent, obs, u, advantages = bandit()
+    params = [agent.actor.bias, agent.log_std]
+    closed = torch.tensor([0.1, 1.0, 2.0, 2.0], dtype=torch.float64)
+    diagonal = npg.fisher_diagonal(agent, params, obs, u)
+    torch.testing.assert_close(diagonal, closed, rtol=0.03, atol=0.0)
+    _, gradient = gradient_of(agent, params, obs, u, advantages)
+    args = npg.Args(fisher="diagonal", cg_damping=0.0)
+    direction, fisher_u = npg.natural_direction(agent, params, gradient, obs, u, args)
+    torch.testing.assert_close(direction, gradient / closed, rtol=0.03, atol=0.0)
+    torch.testing.assert_close(fisher_u, gradient)
+
+
 def test_the_natural_gradient_of_a_bandit_points_straight_at_the_optimum():
     """Reward -(x + 1)^2 - 10 y^2, mean at (2, 1), variances (10, 1): u = (-60, -20) points from
     there to (-1, 0), as the variances undo the curvatures; g = (-6, -20) does not."""
@@ -358,14 +372,101 @@ def test_nothing_to_gain_is_no_step(space, script):
     weights then do not matter: F is singular, and still nothing is NaN."""
     agent, params, theta, _, obs, actions, args = make(space, script, cg_damping=0.0)
     start = theta.detach().clone()
+    zero = torch.zeros(len(obs), dtype=torch.float64)
     if script is trpo:
-        zero = torch.zeros(len(obs), dtype=torch.float64)
         shrunk, *_ = trpo_step(agent, params, theta, obs, actions, zero, args)
         assert shrunk == 0 and torch.equal(theta, start)
+    _, gradient = gradient_of(agent, params, obs, actions, zero)
+    u, fisher_u = script.natural_direction(agent, params, gradient, obs, actions, args)
+    assert not gradient.any() and not u.any() and not fisher_u.any()
     advantages = torch.randn(len(obs), dtype=torch.float64)
     _, gradient = gradient_of(agent, params, 0 * obs, actions, advantages)
     u, fisher_u = script.natural_direction(agent, params, gradient, 0 * obs, actions, args)
     assert u.isfinite().all() and fisher_u.isfinite().all() and u @ fisher_u >= 0
+
+
+def one_update(monkeypatch, script, run_dir, *flags):
+    """Of a real run: theta before and after, what natural_direction got and gave, the losses."""
+    seen, natural_direction = [], script.natural_direction
+
+    def spy(agent, params, gradient, *rest):
+        theta = torch.cat([p.detach().flatten() for p in params])
+        given = natural_direction(agent, params, gradient, *rest)
+        seen.append((params, theta, gradient.clone(), *(x.clone() for x in given)))
+        return given
+
+    monkeypatch.setattr(script, "natural_direction", spy)
+    text = "--num-envs 2 --num-steps 64 --total-timesteps 128 --hidden-size 8 --eval-episodes 1"
+    script.main(script.parse_args([*text.split(), *flags, "--run-dir", str(run_dir)]))
+    ((params, theta, gradient, u, fisher_u),) = seen
+    after = torch.cat([p.detach().flatten() for p in params])
+    names = ("update_skipped", "step_norm", "cg_residual", "expected_improvement", "improvement",
+             "grad_norm", "quadratic_kl", "value_loss", *["improvement_ratio"] * (script is trpo))
+    losses = {name: logged(run_dir, f"losses/{name}")[0] for name in names}
+    return theta, after, gradient, u, fisher_u, losses
+
+
+@pytest.mark.parametrize("script", [npg, trpo])
+@pytest.mark.parametrize("fisher", ["cg", "explicit", "diagonal"])
+@pytest.mark.parametrize("curvature", [-1.0, 0.0, math.inf, math.nan])
+def test_a_curvature_of_no_use_skips_the_update(script, fisher, curvature, monkeypatch, tmp_path):
+    """Counted and logged, the policy as it was to the bit; the critic learns all the same."""
+    monkeypatch.setattr(script, "fisher_products", lambda *_: lambda v: curvature * v)
+    diagonal = lambda agent, params, *_: torch.full((sum(p.numel() for p in params),), curvature)
+    monkeypatch.setattr(script, "fisher_diagonal", diagonal)
+    flags = ("--fisher", fisher, "--cg-damping", "0")
+    before, after, gradient, *_, losses = one_update(monkeypatch, script, tmp_path, *flags)
+    assert losses["update_skipped"] == 1 and torch.equal(before, after) and gradient.any()
+    assert losses["step_norm"] == losses["quadratic_kl"] == losses["improvement"] == 0
+    assert losses["value_loss"] > 0
+
+
+@pytest.mark.parametrize("script", [npg, trpo])
+def test_without_advantages_the_update_is_skipped(script, monkeypatch, tmp_path):
+    class Free(gym.Env):
+        """Pays nothing, so that a critic that says 0 is right."""
+
+        observation_space = gym.spaces.Box(-1, 1, (2,))
+        action_space = gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self.observation_space.sample(), {}
+
+        def step(self, action):
+            return self.observation_space.sample(), 0.0, False, False, {}
+
+    monkeypatch.setitem(gym.registry, "Free-v0", gym.envs.registration.EnvSpec(
+        "Free-v0", entry_point=Free, max_episode_steps=16))
+    monkeypatch.setattr(script.Agent, "value", lambda self, obs: torch.zeros(obs.shape[:-1]))
+    flags = ("--env-id", "Free-v0", "--norm-adv", "none")
+    before, after, gradient, *_, losses = one_update(monkeypatch, script, tmp_path, *flags)
+    assert not gradient.any() and torch.equal(before, after) and losses["update_skipped"] == 1
+
+
+@pytest.mark.parametrize("script", [npg, trpo])
+@pytest.mark.parametrize("rule", ["kl", "fixed"])
+def test_the_step_and_what_is_logged_of_it(rule, script, monkeypatch, tmp_path):
+    """theta + scale u, by the rule; and the logs by their definitions."""
+    losses_of, loss_and_kl = [], script.loss_and_kl
+    record = lambda *x: losses_of.append(loss_and_kl(*x)) or losses_of[-1]
+    monkeypatch.setattr(script, "loss_and_kl", record)
+    flags = ("--step-rule", rule, "--learning-rate", "0.02", "--no-anneal-lr", "--cg-iters", "1")
+    before, after, g, u, fisher_u, logs = one_update(monkeypatch, script, tmp_path, *flags)
+    scale = 0.02 if rule == "fixed" else math.sqrt(2 * 0.01 / (u @ fisher_u))
+    torch.testing.assert_close(after - before, scale * u, rtol=1e-3, atol=1e-6)
+    gain = (losses_of[0][0] - losses_of[-1][0]).item()
+    expected = {
+        "update_skipped": 0.0, "step_norm": scale * u.norm(), "grad_norm": g.norm(),
+        "cg_residual": (fisher_u - g).norm() / g.norm(),
+        "expected_improvement": scale * g @ u, "improvement": gain,
+        "quadratic_kl": scale**2 * (u @ fisher_u) / 2,
+    }
+    expected |= {"improvement_ratio": gain / (scale * g @ u)} if script is trpo else {}
+    assert {name: logs[name] for name in expected} == pytest.approx(
+        {name: float(x) for name, x in expected.items()}, rel=1e-4
+    )
+    assert logs["cg_residual"] > 1e-3 and 0.5 < gain / expected["expected_improvement"] < 1.5
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
