@@ -108,6 +108,21 @@ def provenance(groups: list[Group]) -> str:
     return f"Measured {when} on {'; '.join(sorted(machines))}. {packages}."
 
 
+def line_searches(groups: list[Group]) -> list[str]:
+    """What the line search of trpo did in a suite; empty where it was not recorded."""
+    found = []
+    for group in groups:
+        shares = [(x["backtracked"], x["rejected"]) for x in group.records if "backtracked" in x]
+        if shares:
+            backtracked, rejected = np.mean(shares, axis=0)
+            text = f"{group.label} on {group.env} {backtracked:.2f} % ({rejected:.2f} %)"
+            found.append(text + f" of {len(shares)} seeds" * (len(shares) < len(group.records)))
+    if not found:
+        return []
+    return ["Updates whose first step the line search refused (and all of its steps): "
+            + "; ".join(found) + ".", ""]
+
+
 def suite_section(name: str, groups: list[Group], notes: list[str], scores: Normalised,
                   pictures: str) -> list[str]:
     """Pictures, table and notes of a suite, in Markdown; pictures is their directory."""
@@ -134,6 +149,7 @@ def suite_section(name: str, groups: list[Group], notes: list[str], scores: Norm
         "Return: mean over the last 100 training episodes of each seed. Time: median over seeds of "
         "the training time. " + provenance(groups), "",
     ]
+    lines += line_searches(groups)
     if note := coverage_note(fewest):
         lines += [note, ""]
     lines += [f"- {note}" for note in notes] + [""] * bool(notes)

@@ -119,6 +119,7 @@ def make_record(job: Job, directory: Path) -> dict[str, Any]:
         "commit": started["commit"],
         **{name: rounded(summary[name]) for name in NUMBERS if name != "steps"},
         **(of_llm(summary, started.get("started"), run_dir) if llm else {}),
+        **(of_line_search(run_dir) if (task.script, task.peer) == ("trpo", "") else {}),
         "curve": {
             **{key: [rounded(x, 5) for x in curve] for key, curve in curves.items()},
             "seconds": [rounded(x, 4) for x in seconds],
@@ -132,6 +133,14 @@ def of_llm(summary: dict[str, Any], started: float | None, run_dir: Path) -> dic
     seconds = (run_dir / "summary.json").stat().st_mtime - started if started else math.nan
     facts = {"accuracy_sft": summary["accuracy_sft"], "process_seconds": seconds}
     return {name: rounded(x) for name, x in facts.items()}
+
+
+def of_line_search(run_dir: Path) -> dict[str, Any]:
+    """Percent of trpo's updates whose first step was not accepted, and of those with no step."""
+    _, backtracks = read_scalars(run_dir, "losses/backtracks")
+    _, accepted = read_scalars(run_dir, "losses/accepted")
+    shares = {"backtracked": backtracks > 0, "rejected": accepted == 0}
+    return {name: rounded(100 * float(x.mean())) for name, x in shares.items() if len(x)}
 
 
 def label(record: dict[str, Any]) -> str:

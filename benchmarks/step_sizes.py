@@ -31,6 +31,7 @@ ALPHAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FLAGS = {"num_envs": 16, "lr_schedule": "constant", "norm_adv": "none"}
 DIRECTORY, FILE, PICTURE = "step_sizes", "step_sizes.jsonl", "step_sizes.png"
 LEARNED, FIRST = 100, 10
+FATES = ("learned", "collapsed", "collapsed at once", "not learned")  # at once: without learning
 
 
 def plain_tasks() -> list[Task]:
@@ -57,12 +58,12 @@ def first_step_length(run_dirs: list[Path]) -> float:
 
 
 def fate(record: dict[str, Any], random: float) -> str:
-    """collapsed, learned or not learned, as defined above; random is random play's return."""
+    """Of FATES, as defined above; random is random play's return."""
     curve = np.array([np.nan if x is None else x for x in record["curve"]["return"]], float)
     curve = curve[~np.isnan(curve)]
     best, end = np.convolve(curve, np.full(5, 0.2), "valid").max(), curve[-10:].mean()
     if end < random / 2 or (best >= LEARNED and end < best / 2):
-        return "collapsed"
+        return "collapsed" if best >= LEARNED else "collapsed at once"
     return "learned" if best >= LEARNED else "not learned"
 
 
@@ -107,7 +108,7 @@ def summary(results: Path) -> list[dict[str, Any]]:
         rows.append({
             "rule": rule, "alpha": float(alpha), "length": lengths.get(f"alpha {alpha}", math.nan),
             "finals": finals, "seeds": len(group), "record": group[0],
-            **{name: fates.count(name) for name in ("learned", "collapsed", "not learned")},
+            **{name: fates.count(name) for name in FATES},
         })
     return sorted(rows, key=lambda row: (row["alpha"], row["rule"]))
 
@@ -125,17 +126,19 @@ def section(results: Path, pictures: str) -> list[str]:
         "constant rate. Plain: theta + alpha g. Restricted: theta + sqrt(2 eps) g/|g|, where "
         "sqrt(2 eps) is the mean |alpha g| of the plain runs' first updates. Learned: a mean "
         "return of 100 or more over some 5 % of the run. Collapsed: over the last 10 % below half "
-        "of that best, or of random play (benchmarks/step_sizes.py, fixed before the runs).", "",
-        "| alpha | sqrt(2 eps) | Rule | Seeds | Final return: IQM [95 % interval] | Learned "
-        "| Collapsed | Not learned |",
-        "|--:|--:|---|--:|--:|--:|--:|--:|",
+        "of that best, or, learned or not, below half of random play (benchmarks/step_sizes.py, "
+        "fixed before the runs).", "",
+        "| alpha | sqrt(2 eps) | Rule | Seeds | Final return: IQM [95 % interval] "
+        "| Learned and kept it | Learned, then collapsed | Collapsed without learning "
+        "| Neither |",
+        "|--:|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         estimate, low, high = iqm_interval([row["finals"]])
         lines.append(
             f"| {row['alpha']:g} | {row['length']:.3g} | {row['rule']} | {row['seeds']} "
-            f"| {estimate:.1f} [{low:.1f}, {high:.1f}] | {row['learned']} | {row['collapsed']} "
-            f"| {row['not learned']} |"
+            f"| {estimate:.1f} [{low:.1f}, {high:.1f}] | "
+            + " | ".join(str(row[name]) for name in FATES) + " |"
         )
     cpu = record["machine"]
     lines += [
@@ -163,7 +166,8 @@ def plot(results: Path) -> None:
                 left.plot(points, row["finals"], "o", color=color, markersize=3, alpha=0.35)
             middle = [iqm_interval([row["finals"]])[0] for row in chosen]
             left.plot(xs, middle, color=color, label=rule)
-            share = [100 * row["collapsed"] / row["seeds"] for row in chosen]
+            ends = [row["collapsed"] + row["collapsed at once"] for row in chosen]
+            share = [100 * x / row["seeds"] for x, row in zip(ends, chosen)]
             right.plot(xs, share, "o-", color=color, markersize=4, label=rule)
         left.set_ylabel("return of the last 100 episodes")
         right.set_ylabel("runs that collapsed (%)")

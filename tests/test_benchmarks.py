@@ -246,6 +246,21 @@ def make_record(env="CartPole-v1", script="ppo", seed=1, final=100.0, **more):
     }
 
 
+def test_a_line_search_is_recorded_and_reported(tmp_path):
+    writer = SummaryWriter(str(tmp_path / "run"))
+    for i, (backtracks, accepted) in enumerate(((0, 1), (3, 1), (0, 1), (10, 0))):
+        writer.add_scalar("losses/backtracks", backtracks, i)
+        writer.add_scalar("losses/accepted", accepted, i)
+    writer.close()
+    shares = results.of_line_search(tmp_path / "run")
+    assert shares == {"backtracked": 50, "rejected": 25}
+    records = [make_record(script="trpo", seed=1, **shares), make_record(script="trpo", seed=2)]
+    groups_ = [groups.Group("CartPole-v1", "trpo", records)]
+    (line, _) = report.line_searches(groups_)
+    assert line.endswith(": trpo on CartPole-v1 50.00 % (25.00 %) of 1 seeds.")
+    assert report.line_searches([groups.Group("CartPole-v1", "ppo", [make_record()])]) == []
+
+
 def test_merging_replaces_a_run_and_keeps_the_others(tmp_path):
     path = tmp_path / "classic.jsonl"
     results.merge_records(path, [make_record(seed=s, final=s) for s in (2, 1, 3)])
@@ -715,7 +730,7 @@ def test_sampling_that_differs_is_no_measurement(monkeypatch):
         ([(20, 50), (400, 3), (20, 47)], "learned not long enough"),
         ([(20, 30), (400, 30), (210, 40)], "learned"),
         ([(20, 30), (400, 30), (190, 40)], "collapsed"),
-        ([(20, 10), (11, 90)], "collapsed"),  # below half of random play
+        ([(20, 10), (11, 90)], "collapsed at once"),  # below half of random play
         ([(20, 10), (13, 90)], "not learned"),
         ([(20, 30), (400, 30), (10, 30), (400, 10)], "learned"),  # it has recovered
         ([(None, 5), (20, 30), (400, 30), (10, 35)], "collapsed"),  # no episode had ended at first
