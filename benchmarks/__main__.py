@@ -83,7 +83,8 @@ def make_parser() -> Parser:
                            help=meaning)
         timed.add_argument("--only", type=names, default=[], help="scripts, comma-separated: a2c")
         timed.add_argument("--env", type=names, default=[], help="environments, comma-separated")
-        timed.add_argument("--work", type=Path, default=WORK, help="directory of the runs' files")
+        if command != "limit":  # which leaves no runs behind
+            timed.add_argument("--work", type=Path, default=WORK, help="directory of the runs")
         timed.add_argument("--results", type=Path, default=RESULTS, help=f"where {command}.json is")
         timed.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
         if command == "speed":
@@ -145,10 +146,11 @@ def time_suite(args: argparse.Namespace) -> int:
     suite, scripts, results = load_suite(args.suite), args.scripts.resolve(), args.results.resolve()
     tasks, skipped = select_tasks(suite, scripts, args.only, args.env, "")
     print("".join(line + "\n" for line in skipped), end="")
-    where = args.work.resolve(), results, scripts
     if args.command == "limit":
         limit(tasks, args.repeats, results, scripts)
-    elif args.command == "speed":
+        return 0
+    where = args.work.resolve(), results, scripts
+    if args.command == "speed":
         speed(tasks, args.repeats, args.threads, *where)
     else:
         {"threshold": threshold, "scaling": scaling}[args.command](tasks, args.repeats, *where)

@@ -200,7 +200,7 @@ def speed_section(rows: list[dict[str, Any]]) -> list[str]:
         "`--compile` and one of Stable-Baselines3 (sb3-contrib for TRPO) with the same "
         "hyperparameters, one after the other; a ratio is taken within its pair. "
         f"Clocked are whole iterations after the first {WARM_UP:.0%} of the steps, of grpo_rloo "
-        "completions; its first point waits for the supervised warm start too. "
+        "completions. "
         f"{measured(rows)}",
         "", "```", "python -m benchmarks speed",
         *(f"python -m benchmarks speed --threads {n}" for n in more),
