@@ -72,16 +72,25 @@ def group_records(records: list[dict[str, Any]], suite: Suite | None):
 
 
 def listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+    """1, 2, 3, 5 -> "1 to 3, 5"; of two neighbours both are named."""
+    runs: list[list[int]] = []
+    for x in numbers:
+        if runs and x == runs[-1][-1] + 1:
+            runs[-1].append(x)
+        else:
+            runs.append([x])
+    long = lambda run: [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
+    return ", ".join(word for run in runs for word in long(run))
 
 
 def missing_seeds(groups: list[Group], suite: Suite | None) -> list[str]:
-    """A line for every task of the suite, and of its peers that were run, that lacks seeds."""
+    """What the suite's tasks, and those of its peers that were run, lack: a line for the
+    environments where an algorithm lacks the same seeds."""
     if not suite:
         return []
     found = {(group.env, group.label): group for group in groups}
     peers = {name for _, name in found if name.startswith("sb3-")}
-    lines = []
+    lacking: dict[tuple[str, str], list[str]] = {}
     for task in suite.tasks:
         for name in (task.label, f"sb3-{task.label}"):
             if name != task.label and name not in peers:
@@ -89,8 +98,9 @@ def missing_seeds(groups: list[Group], suite: Suite | None) -> list[str]:
             group = found.get((task.env, name))
             have = {record["seed"] for record in group.records} if group else set()
             if missing := sorted(set(range(1, suite.seeds + 1)) - have):
-                lines.append(f"Missing: {name} on {task.env}, seeds {listed(missing)}")
-    return lines
+                lacking.setdefault((name, listed(missing)), []).append(task.env)
+    return [f"Missing: {name} on {', '.join(envs)}, seeds {seeds}"
+            for (name, seeds), envs in lacking.items()]
 
 
 def read_references() -> list[dict[str, str]]:
