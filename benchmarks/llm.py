@@ -1,6 +1,7 @@
 """Results of grpo_rloo.py -> table and picture: what its methods make of the same completions."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import numpy as np
 
 from benchmarks.groups import Group
 from benchmarks.results import grid_steps
-from benchmarks.stats import coverage_note, curve_iqm, iqm_interval
+from benchmarks.stats import coverage_note, curve_iqm, iqm_interval, mean_interval
 
 PANELS = (
     ("return", "reward of a completion"),
     ("entropy", "entropy of a token"),
     ("wrong_length", "tokens of wrong completions"),
 )
+
+BASE = "grpo"  # the preset that the others are compared with
 
 
 def is_llm(groups: list[Group]) -> bool:
@@ -46,6 +49,45 @@ def last(group: Group, curve: str) -> np.ndarray:
     return rows[:, -rows.shape[1] // 10 :].mean(1)
 
 
+def difference(group: Group, base: Group, values_of: Callable[[Group], np.ndarray],
+               digits: int) -> str:
+    """Mean over the seeds that both have of group's value less base's, and its interval."""
+    values = [dict(zip((record["seed"] for record in x.records), values_of(x)))
+              for x in (group, base)]
+    both = [values[0][seed] - values[1][seed] for seed in values[0] if seed in values[1]]
+    pairs = np.array([x for x in both if np.isfinite(x)])
+    if not len(pairs):
+        return "-"
+    mean, low, high = mean_interval(pairs)
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def difference_table(groups: list[Group]) -> list[str]:
+    """What each method has more than BASE on the same task, seed by seed."""
+    bases = {group.env: group for group in groups if group.records[0]["variant"] == BASE}
+    others = [group for group in groups if group is not bases.get(group.env, group)]
+    if not others:
+        return []
+    columns: list[tuple[Callable[[Group], np.ndarray], int]] = [
+        (lambda group: 100 * accuracies(group, "eval_return_mean"), 1),
+        (lambda group: last(group, "return"), 3),
+        (lambda group: last(group, "entropy"), 3),
+        (lambda group: last(group, "wrong_length"), 2),
+    ]
+    lines = [
+        f"More than `{BASE}` (the mean, over the seeds that both have, of the differences seed by "
+        "seed, which share their warm start; its 95 % percentile bootstrap interval):", "",
+        "| Task | Method | Accuracy, points | Reward at the end | Entropy at the end | "
+        "Tokens of a wrong completion |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for group in others:
+        cells = [difference(group, bases[group.env], *column) for column in columns]
+        name = group.records[0]["variant"]
+        lines.append(f"| {group.env} | {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def llm_section(name: str, groups: list[Group], notes: list[str], origin: str,
                 pictures: str) -> list[str]:
     """Picture, table and notes of a suite of grpo_rloo's, in Markdown."""
@@ -75,6 +117,7 @@ def llm_section(name: str, groups: list[Group], notes: list[str], origin: str,
         "those with equal rewards. Wrong completions: of whichever prompts a method still gets "
         "wrong. Time: median over seeds, warm start excluded; longest, whole: of the seeds' whole "
         "processes. " + origin, "",
+        *difference_table(groups),
     ]
     if note := coverage_note(min(len(group.records) for group in groups)):
         lines += [note, ""]

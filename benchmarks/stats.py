@@ -43,6 +43,12 @@ def iqm_interval(strata: Strata, seed: int = 0, resamples: int = RESAMPLES) -> t
     return float(aggregate_iqm(*strata, axis=0)), float(low), float(high)
 
 
+def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean over seeds and its bootstrap interval: (estimate, low, high)."""
+    low, high = interval([values], np.mean, seed, RESAMPLES)
+    return float(values.mean()), float(low), float(high)
+
+
 def curve_iqm(curves: np.ndarray, seed: int = 0, resamples: int = 2000):
     """IQM over seeds of curves [seeds, points], and its interval at each point, [points] each."""
     return iqm(curves, axis=0), *interval([curves], iqm, seed, resamples)

@@ -22,6 +22,7 @@ import grpo_rloo
 from benchmarks import (
     compare,
     groups,
+    llm,
     peers,
     plots,
     report,
@@ -682,6 +683,25 @@ def test_a_suite_of_methods_has_its_own_table(tmp_path):
     assert report.report(tmp_path, None, check=True) == 0
     (tmp_path / "methods_curves.png").unlink()
     assert report.report(tmp_path, None, check=True) == 1
+
+
+def test_methods_are_compared_seed_by_seed():
+    """Seed 3, which one side alone has, does not count; nor does a length that was never logged."""
+    accuracies = {"grpo": (0.5, 0.9, 0.1), "rloo": (0.6, 0.96), "dapo": (0.4, 0.8)}
+    records = [
+        make_llm_record(method, seed, accuracy, None if (method, seed) == ("rloo", 1) else length)
+        for (method, row), length in zip(accuracies.items(), (4.0, 5.0, None), strict=True)
+        for seed, accuracy in enumerate(row, 1)
+    ]
+    found, _ = groups.group_records(records, None)
+    table = {line.split(" | ")[1]: line for line in llm.difference_table(found) if "sort" in line}
+    none, same = "+0.000 [+0.000, +0.000]", "+1.00 [+1.00, +1.00]"
+    assert set(table) == {"rloo", "dapo"}
+    assert table["rloo"] == f"| sort | rloo | +8.0 [+6.0, +10.0] | {none} | {none} | {same} |"
+    constant = "-10.0 [-10.0, -10.0]"
+    assert table["dapo"] == f"| sort | dapo | {constant} | {none} | {none} | - |"
+    assert llm.difference_table([x for x in found if x.label == "grpo_rloo (grpo)"]) == []
+    assert llm.difference_table([x for x in found if x.label == "grpo_rloo (rloo)"]) == []
 
 
 def test_methods_run_end_to_end(tmp_path, capsys):
