@@ -10,7 +10,9 @@ harness treats it the same way, except that an interrupted peer starts again. Wh
 - the scripts end the open episodes at every checkpoint, SB3 never does.
 - A2C: SB3 has torch's RMSprop where a2c.py's default is TensorFlow's.
 - TRPO: the critic's Adam has SB3's eps, 1e-8 for 1e-5; the line search measures KL(pi, pi_old), the
-  script KL(pi_old, pi); conjugate gradient starts at random and ends by an absolute residual.
+  script KL(pi_old, pi); conjugate gradient starts at random and ends by an absolute residual. And
+  of real-valued actions it takes the mean KL over their d dimensions where the KL is the sum: its
+  delta and its damping are in truth d times what it is given (the suite choices_trpo has trpo so).
 """
 
 import argparse

@@ -489,20 +489,24 @@ def logged(run_dir, tag):
     return read_scalars(run_dir, tag)[1].tolist()
 
 
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])
 def test_one_update_is_that_of_sb3_contrib(env, monkeypatch):
     """On its rollout, with its weights. Its choices that would differ, and how they are kept out:
     conjugate gradient starts from noise (here from 0) and ends by an absolute residual (both take
     all their iterations); the line search measures KL(pi, pi_old), the reverse of the paper's (the
-    full step is accepted by both). At pi_old the two KLs have the same Hessian, so F is the same.
+    full step is accepted by both). At pi_old the two KLs have the same Hessian, so F is the same;
+    but its KL of real-valued actions is the mean over their d dimensions, not the sum, which makes
+    of its delta and damping d times as much (here they are divided by d).
     """
     import sb3_contrib
     from sb3_contrib.common import utils
     from stable_baselines3.common.env_util import make_vec_env
 
     envs = make_vec_env(env, 2, seed=1)
+    d = math.prod(envs.action_space.shape or (1,))
     networks = {"net_arch": [8, 8], "activation_fn": torch.nn.Tanh, "log_std_init": -0.5}
-    options: Any = {"n_steps": 64, "batch_size": 32, "cg_max_steps": 5, "cg_damping": 0.1}
+    options: Any = {"n_steps": 64, "batch_size": 32, "cg_max_steps": 5}
+    options |= {"target_kl": 0.01 / d, "cg_damping": 0.1 / d}
     options |= {"seed": 1, "device": "cpu", "policy_kwargs": networks}
     model = sb3_contrib.TRPO("MlpPolicy", envs, **options)
     train, updates = model.train, []
@@ -527,7 +531,7 @@ def test_one_update_is_that_of_sb3_contrib(env, monkeypatch):
     data = next(iter(model.rollout_buffer.get(batch_size=None)))
     actions = data.actions.long().flatten() if agent.log_std is None else data.actions
     advantages = trpo.normalize_advantages(data.advantages)
-    batch = data.observations, actions, advantages
+    batch = data.observations.float(), actions, advantages  # Hopper's are doubles
     shrunk, *_ = trpo_step(agent, params, theta, *batch, args)
     assert shrunk == 1
 
