@@ -139,9 +139,11 @@ def plot_llm(groups: list[Group], path: Path) -> None:
     # A preset with a change has the preset's colour, dashed.
     presets = list(dict.fromkeys(name.split()[0] for name in methods))
     colors = dict(zip(presets, VARIANTS))
+    dashes = itertools.cycle(((0, (4, 1)), (0, (1, 1)), (0, (4, 1, 1, 1))))
     look = {
-        name: {"color": colors[name.split()[0]], "linestyle": "-" if name in presets else dash}
-        for name, dash in zip(methods, itertools.cycle(((0, (4, 1)), (0, (1, 1)))))
+        name: {"color": colors[name.split()[0]],
+               "linestyle": "-" if name in presets else next(dashes)}
+        for name in methods
     }
     with plt.rc_context(STYLE):
         size = (3.2 * len(PANELS), 2.5 * len(tasks) + 0.5)
