@@ -152,6 +152,20 @@ def record_key(record: dict[str, Any]) -> tuple:
     return record["env"], record["script"], record["variant"], flags, record["seed"]
 
 
+def find_record(records: list[dict[str, Any]], job: Job) -> dict[str, Any] | None:
+    """The line of this job, if there is one of the same code, versions, flags and length."""
+    task = job.task
+    script = f"{task.peer}-{task.script}" if task.peer else task.script
+    facts = {"env": task.env, "script": script, "variant": task.variant, "seed": job.seed}
+    facts |= {"flags": task.flags, "script_hash": job.script_hash, "versions": job.versions}
+    for record in records:
+        # Whole iterations or episodes: a run is a little shorter or longer than it was to be.
+        same_length = math.isclose(record["steps"], task.steps, rel_tol=0.05)
+        if same_length and all(record[name] == value for name, value in facts.items()):
+            return record
+    return None
+
+
 @contextlib.contextmanager
 def directory_lock(directory: Path, wait: bool) -> Iterator[None]:
     """Hold a directory against other harnesses; BlockingIOError if it is held and wait is off."""

@@ -13,7 +13,15 @@ from typing import Any
 
 from benchmarks.engine import Engine, Handle
 from benchmarks.live import Live, last_progress
-from benchmarks.results import machine, make_record, merge_records, read_summary, write_atomically
+from benchmarks.results import (
+    find_record,
+    machine,
+    make_record,
+    merge_records,
+    read_records,
+    read_summary,
+    write_atomically,
+)
 from benchmarks.suites import ROOT, Job
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -73,7 +81,12 @@ class Campaign:
         self.failures: dict[str, str] = {}
         self.running: list[Attempt] = []
         self.attempts = [Attempt(job, work / job.name) for job in jobs]
-        self.waiting = [attempt for attempt in self.attempts if not self.collect(attempt)]
+        old = read_records(results) if results.exists() else []
+        for attempt in self.attempts:
+            # A run's own files before its line: they may hold more than an older harness kept.
+            if not self.collect(attempt) and (record := find_record(old, attempt.job)):
+                self.records[attempt.job.name] = record
+        self.waiting = [x for x in self.attempts if x.job.name not in self.records]
         self.found = len(self.records)
         self.todo = sum(attempt.job.task.steps for attempt in self.waiting)
         self.live = Live(len(jobs), self.todo)

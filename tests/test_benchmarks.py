@@ -967,6 +967,27 @@ def test_finished_runs_are_skipped_and_changed_algorithms_run_again(fake):
     assert record["curve"]["seconds"][99] == 1 and record["train_return_last100"] == 7.5
 
 
+def test_a_line_of_the_results_counts_as_a_finished_run(fake):
+    fake.suite("good", seeds=2)
+    path = fake.path / "results" / "odd.jsonl"
+    assert fake.run("--seeds", "1").returncode == 0
+    shutil.rmtree(fake.work)  # as in a fresh clone
+    ended = fake.run()
+    assert ended.returncode == 0 and "1 of 2 runs were finished before" in ended.stdout
+    assert len(fake.attempts("good")) == 1 and set(fake.records()) == {("good", 1), ("good", 2)}
+    for key, value in {  # whatever differs, it is another run
+        "script_hash": "another", "versions": {}, "steps": 50, "seed": 3, "flags": {},
+    }.items():
+        shutil.rmtree(fake.work)
+        records = [record | {key: value} for record in fake.records().values()]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert fake.run().returncode == 0 and len(fake.attempts("good")) == 2, key
+        path.write_text("".join(
+            json.dumps(record) + "\n" for record in fake.records().values()
+            if record["seed"] < 3 and record["flags"]
+        ))
+
+
 def test_an_edit_during_a_campaign_does_not_get_into_it(fake):
     fake.suite("good", seeds=3)
     job, *_ = suites.make_jobs(suites.load_suite(str(fake.path / "odd.toml")).tasks, 1, fake.path)
