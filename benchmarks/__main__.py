@@ -49,8 +49,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks", description="Run, report and compare benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="run a suite; a second call goes on where one stopped, also "
-                                       "from the results file alone")
+    run = commands.add_parser("run", help="run a suite; what its results file holds or an "
+                                       "earlier call began is not run again")
     run.add_argument("suite", help="a file in benchmarks/suites/, or a path to a .toml file")
     run.add_argument("--jobs", type=positive(int), default=os.cpu_count(),
                      help="runs at a time, each on one thread; by default the number of cores")
