@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from benchmarks.suites import BenchmarkError, Job, Task, commit_of, library_vers
 WARM_UP = 0.25  # share of a run's steps before the clock starts: torch.compile works in there
 FILE = "speed.json"
 CACHE = "inductor_cache"
+POLL_SECONDS = 0.5
 
 
 def steady_rate(run_dir: Path) -> tuple[float, float]:
@@ -48,8 +50,10 @@ def make_job(task: Task, seed: int, scripts: Path) -> Job:
     return Job(task, seed, path.read_bytes(), hashed, versions, commit_of(path), settings)
 
 
-def run_once(job: Job, directory: Path, compiled: bool, threads: int = 1) -> dict[str, float]:
-    """One run in a process of its own: steady rate, time to the first point, peak memory."""
+def run_once(job: Job, directory: Path, compiled: bool, threads: int = 1,
+             enough: Callable[[Path], bool] | None = None) -> dict[str, float]:
+    """One run in a process of its own: steady rate, time to the first point, peak memory. It is
+    ended early where enough(directory) says so."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     script = directory / f"{job.task.script}.py"
@@ -67,13 +71,19 @@ def run_once(job: Job, directory: Path, compiled: bool, threads: int = 1) -> dic
             stdout=out, stderr=err,
         )
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            stopped = False
+            while not (ended := os.wait4(process.pid, os.WNOHANG if enough else 0))[0]:
+                time.sleep(POLL_SECONDS)
+                if enough and not stopped and enough(directory):
+                    process.terminate()
+                    stopped = True
+            _, status, usage = ended
         except BaseException:
             process.kill()
             process.wait()
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.returncode and not stopped:
         last = (directory / "stderr.txt").read_text(errors="replace").splitlines()[-1:]
         raise BenchmarkError(f"{job} ended with status {process.returncode}: {''.join(last)}")
     rate, first = steady_rate(directory / "run")

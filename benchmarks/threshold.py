@@ -3,19 +3,21 @@
 Seconds from the start of the process (imports, compilation and all) until the mean return of the
 last 100 training episodes is at a level, of the script eager, with --compile, and of its peer with
 the same hyperparameters; seed by seed, one after the other. A run that never gets there counts as
-such: it is never left out.
+such: it is never left out. One that does is ended there.
 """
 
 import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.live import last_progress
 from benchmarks.results import read_scalars
 from benchmarks.speed import CACHE, facts, keep_row, make_job, measured, read_rows, run_once
 from benchmarks.suites import BenchmarkError, Task
@@ -52,6 +54,22 @@ def reached(run_dir: Path, started: float, level: float) -> dict[str, float | No
     return {"seconds": round(times[i] - started, 2), "steps": int(steps[i])}
 
 
+def learned(level: float) -> Callable[[Path], bool]:
+    """Whether the run in a directory has got there, which its events say; they are read when its
+    last line of progress is a new one with such a return, so that looking costs it nothing."""
+    looked_at = None
+
+    def enough(directory: Path) -> bool:
+        nonlocal looked_at
+        line = last_progress(directory / "stdout.txt")
+        if line is None or line == looked_at or not float(line[1]) >= level:
+            return False
+        looked_at = line
+        return reached(directory / "run", 0.0, level)["seconds"] is not None
+
+    return enough
+
+
 def measure(task: Task, seeds: int, work: Path, scripts: Path, say: Any) -> dict[str, Any]:
     """The row of threshold.json for a task."""
     level = LEVELS[task.env]
@@ -62,7 +80,7 @@ def measure(task: Task, seeds: int, work: Path, scripts: Path, say: Any) -> dict
     for seed in range(1, seeds + 1):
         for name, side in sides.items():
             jobs[name], started = make_job(side, seed, scripts), time.time()
-            run_once(jobs[name], work / name, name == "compiled")
+            run_once(jobs[name], work / name, name == "compiled", enough=learned(level))
             runs[name].append(reached(work / name / "run", started, level))
             say(f"{task.label} on {task.env}, seed {seed}, {name}: {runs[name][-1]['seconds']} s")
     job = replace(jobs["eager"], versions=jobs["peer"].versions)

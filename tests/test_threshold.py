@@ -52,7 +52,7 @@ def test_threshold_end_to_end(tmp_path, monkeypatch, capsys):
     """A real run of each side, to a return that random play has."""
     monkeypatch.setattr(threshold, "LEVELS", {"CartPole-v1": 10.0})
     # Without the wait for the compiler: test_speed_end_to_end has that.
-    eager = lambda job, directory, _: speed.run_once(job, directory, False)
+    eager = lambda job, directory, _, **more: speed.run_once(job, directory, False, **more)
     monkeypatch.setattr(threshold, "run_once", eager)
     suite = tmp_path / "small.toml"
     suite.write_text('publish = false\n[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 6000')
@@ -65,6 +65,25 @@ def test_threshold_end_to_end(tmp_path, monkeypatch, capsys):
     text = "\n".join(threshold.threshold_section(threshold.read_threshold(tmp_path / "results")))
     assert threshold.threshold_line(row) in text and "| 10 | 1 |" in text
     assert "seed 1, peer" in capsys.readouterr().out
+
+
+def test_a_run_is_ended_when_it_has_learned(tmp_path, monkeypatch):
+    """Not by its lines of progress alone, whose return may be of a few episodes."""
+    monkeypatch.setattr(speed, "POLL_SECONDS", 0.05)
+    task = suites.Task("ppo", "CartPole-v1", 200_000)
+    job = speed.make_job(task, 1, suites.ROOT)
+    began = time.time()
+    speed.run_once(job, tmp_path, False, enough=threshold.learned(15.0))
+    found = threshold.reached(tmp_path / "run", began, 15.0)
+    assert found["seconds"] is not None and not (tmp_path / "run/summary.json").exists()
+    assert threshold.last_progress(tmp_path / "stdout.txt")[0] < 100_000
+    lines = tmp_path / "stdout.txt"
+    assert threshold.learned(15.0)(tmp_path) and not threshold.learned(1e4)(tmp_path)
+    monkeypatch.setattr(threshold, "EPISODES", 10**6)
+    assert not threshold.learned(15.0)(tmp_path)
+    lines.write_text("")
+    monkeypatch.setattr(threshold, "EPISODES", 100)
+    assert not threshold.learned(15.0)(tmp_path)
 
 
 def test_a_level_must_be_set(tmp_path, capsys):
