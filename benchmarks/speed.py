@@ -1,14 +1,17 @@
 """How fast the scripts train, beside their peers: `python -m benchmarks speed`.
 
-Each pair is one training run of the script, eager, one with --compile and one of the peer with the
-same hyperparameters, one after the other, so that what else the machine does meanwhile meets all
-three alike. What counts is the ratio within a pair, and of the pairs the median.
+Each pair is a training run of the script, eager, one with --compile and one of the peer with the
+same hyperparameters. They take turns of a twentieth of their steps, each held while the others have
+theirs, so that what else the machine does meanwhile meets all three alike. What counts is the ratio
+within a pair, and of the pairs the median.
 """
 
+import contextlib
 import datetime
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import time
@@ -17,6 +20,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from benchmarks.live import last_progress
 from benchmarks.peers import peer_hash, peer_settings
 from benchmarks.results import directory_lock, machine, read_scalars, write_atomically
 from benchmarks.runner import THREADS, command_line, environment
@@ -25,18 +31,21 @@ from benchmarks.suites import BenchmarkError, Job, Task, commit_of, library_vers
 WARM_UP = 0.25  # share of a run's steps before the clock starts: torch.compile works in there
 FILE = "speed.json"
 CACHE = "inductor_cache"
-POLL_SECONDS = 0.5
+TURN = 0.05  # share of its steps that a run does before the next one has its turn
+POLL_SECONDS = 0.02
 
 
-def steady_rate(run_dir: Path) -> tuple[float, float]:
-    """Steps per second after the warm-up, and the seconds until the curves' first point."""
+def steady_rate(run_dir: Path, clock: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+    """Steps per second after the warm-up, by a clock that gives the seconds at which a run was for
+    the times of its points; and the seconds until the curves' first point."""
     steps, sps = read_scalars(run_dir, "charts/SPS")
     if len(steps) < 3:
         raise BenchmarkError(f"{run_dir} has {len(steps)} points of charts/SPS: too short a run")
-    seconds = steps / sps
+    seconds = clock(read_scalars(run_dir, "charts/SPS", times=True)[1])
     first = int((steps < WARM_UP * steps[-1]).sum())
     first = min(first, len(steps) - 2)
-    return float((steps[-1] - steps[first]) / (seconds[-1] - seconds[first])), float(seconds[0])
+    rate = (steps[-1] - steps[first]) / (seconds[-1] - seconds[first])
+    return float(rate), float(steps[0] / sps[0])
 
 
 def make_job(task: Task, seed: int, scripts: Path) -> Job:
@@ -50,44 +59,105 @@ def make_job(task: Task, seed: int, scripts: Path) -> Job:
     return Job(task, seed, path.read_bytes(), hashed, versions, commit_of(path), settings)
 
 
-def run_once(job: Job, directory: Path, compiled: bool, threads: int = 1,
-             enough: Callable[[Path], bool] | None = None) -> dict[str, float]:
-    """One run in a process of its own: steady rate, time to the first point, peak memory. It is
-    ended early where enough(directory) says so."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    script = directory / f"{job.task.script}.py"
-    script.write_bytes(job.source)
-    command = [*command_line(job, script, directory / "run"), "--num-threads", str(threads)]
-    if not job.task.peer:
-        command += ["--eval-episodes", "1"] + ["--compile"] * compiled
-    # A cache of its own for each task, beside the runs' directories, which are made anew: the first
-    # compiled run is a cold one, the others are warm.
-    own = {"TORCHINDUCTOR_CACHE_DIR": str(directory.parent / CACHE)}
-    own |= dict.fromkeys(THREADS, str(threads))
-    with open(directory / "stdout.txt", "wb") as out, open(directory / "stderr.txt", "wb") as err:
-        process = subprocess.Popen(
-            command, env=environment() | own, cwd=directory, stdin=subprocess.DEVNULL,
-            stdout=out, stderr=err,
-        )
-        try:
-            stopped = False
-            while not (ended := os.wait4(process.pid, os.WNOHANG if enough else 0))[0]:
-                time.sleep(POLL_SECONDS)
-                if enough and not stopped and enough(directory):
-                    process.terminate()
-                    stopped = True
-            _, status, usage = ended
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode and not stopped:
-        last = (directory / "stderr.txt").read_text(errors="replace").splitlines()[-1:]
-        raise BenchmarkError(f"{job} ended with status {process.returncode}: {''.join(last)}")
-    rate, first = steady_rate(directory / "run")
-    return {"sps": rate, "first_point_seconds": first, "peak_mib": usage.ru_maxrss / 1024}
+class TimedRun:
+    """A run in a process of its own, which can be held and let go on."""
+
+    def __init__(self, job: Job, directory: Path, compiled: bool, threads: int):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        script = directory / f"{job.task.script}.py"
+        script.write_bytes(job.source)
+        command = [*command_line(job, script, directory / "run"), "--num-threads", str(threads)]
+        if not job.task.peer:
+            command += ["--eval-episodes", "1"] + ["--compile"] * compiled
+        # A cache of its own for each task, beside the runs' directories, which are made anew: the
+        # first compiled run is a cold one, the others are warm.
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(directory.parent / CACHE)}
+        own |= dict.fromkeys(THREADS, str(threads))
+        out, err = directory / "stdout.txt", directory / "stderr.txt"
+        with out.open("wb") as out, err.open("wb") as err:
+            self.process = subprocess.Popen(
+                command, env=environment() | own, cwd=directory, stdin=subprocess.DEVNULL,
+                stdout=out, stderr=err,
+            )
+        self.job, self.directory, self.usage = job, directory, None
+        self.turns: list[tuple[float, float]] = []  # times from and to which it was let run
+
+    def __enter__(self) -> "TimedRun":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.usage is None:  # SIGKILL ends a held process too
+            self.process.kill()
+            self.process.wait()
+
+    def ended(self) -> bool:
+        if self.usage is None:
+            number, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+            if number:
+                self.usage, self.process.returncode = usage, os.waitstatus_to_exitcode(status)
+        return self.usage is not None
+
+    def go_on(self, enough: Callable[[Path], bool] | None = None) -> None:
+        """Let it run until it ends or enough(directory), then hold it."""
+        if self.ended():
+            return
+        self.process.send_signal(signal.SIGCONT)
+        start = time.time()
+        while not self.ended() and not (enough and enough(self.directory)):
+            time.sleep(POLL_SECONDS)
+        if not self.ended():
+            self.process.send_signal(signal.SIGSTOP)
+        self.turns.append((start, time.time()))
+
+    def active(self, times: np.ndarray) -> np.ndarray:
+        """For how many seconds it had run at these times."""
+        return np.sum([np.clip(times, start, end) - start for start, end in self.turns], axis=0)
+
+    def result(self) -> dict[str, float]:
+        """Of a run that has ended by itself: steady rate, time to the first point, peak memory."""
+        assert self.usage is not None
+        if status := self.process.returncode:
+            text = (self.directory / "stderr.txt").read_text(errors="replace")
+            last = "".join(text.splitlines()[-1:])
+            raise BenchmarkError(f"{self.job} ended with status {status}: {last}")
+        rate, first = steady_rate(self.directory / "run", self.active)
+        peak = self.usage.ru_maxrss / 1024
+        return {"sps": rate, "first_point_seconds": first, "peak_mib": peak}
+
+
+def run_once(job: Job, directory: Path, compiled: bool, threads: int = 1) -> dict[str, float]:
+    """One run, without a break."""
+    with TimedRun(job, directory, compiled, threads) as run:
+        run.go_on()
+        return run.result()
+
+
+def at_share(share: float, task: Task) -> Callable[[Path], bool]:
+    """Whether the run in a directory has done this share of its steps, by its lines of progress."""
+    def enough(directory: Path) -> bool:
+        line = last_progress(directory / "stdout.txt")
+        return line is not None and line[0] >= share * task.steps
+
+    return enough
+
+
+def run_in_turns(jobs: dict[str, Job], work: Path, threads: int) -> dict[str, dict[str, float]]:
+    """One run of each job: first the warm-ups one after the other, then all in turns."""
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for name, job in jobs.items():
+            run = TimedRun(job, work / name, name == "compiled", threads)
+            runs[name] = stack.enter_context(run)
+            run.go_on(at_share(WARM_UP, job.task))
+            if run.ended():
+                run.result()  # which raises, if it went wrong
+        for share in np.arange(WARM_UP, 1, TURN)[1:]:
+            for run in runs.values():
+                run.go_on(at_share(share, run.job.task))
+        for run in runs.values():
+            run.go_on()
+        return {name: run.result() for name, run in runs.items()}
 
 
 def facts(task: Task, job: Job, threads: int = 1) -> dict[str, Any]:
@@ -118,11 +188,12 @@ def measure(task: Task, pairs: int, threads: int, work: Path, scripts: Path, say
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     jobs = {}
     for pair in range(1, pairs + 1):
-        for name, side in sides.items():
-            jobs[name] = make_job(side, pair, scripts)
-            runs[name].append(run_once(jobs[name], work / name, name == "compiled", threads))
-            rates = " ".join(f"{run['sps']:.0f}" for run in runs[name])
-            say(f"{task.label} on {task.env}, pair {pair}, {name}: {rates} steps/s")
+        jobs = {name: make_job(side, pair, scripts) for name, side in sides.items()}
+        for name, found in run_in_turns(jobs, work, threads).items():
+            runs[name].append(found)
+        rates = {name: " ".join(f"{x['sps']:.0f}" for x in each) for name, each in runs.items()}
+        words = ", ".join(f"{name} {text}" for name, text in rates.items())
+        say(f"{task.label} on {task.env}, {pair} pairs, steps/s: {words}")
     job = replace(jobs["eager"], versions=jobs.get("peer", jobs["eager"]).versions)
     return facts(task, job, threads) | {
         "runs": {
@@ -208,7 +279,8 @@ def speed_section(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "Median [least, greatest] over the pairs: a pair is a run of the script, one with "
         "`--compile` and one of Stable-Baselines3 (sb3-contrib for TRPO) with the same "
-        "hyperparameters, one after the other; a ratio is taken within its pair. "
+        f"hyperparameters, in turns of {TURN:.0%} of their steps; a ratio is taken within its "
+        "pair. "
         f"Clocked are whole iterations after the first {WARM_UP:.0%} of the steps, of grpo_rloo "
         "completions. "
         f"{measured(rows)}",

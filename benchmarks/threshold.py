@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.live import last_progress
 from benchmarks.results import read_scalars
-from benchmarks.speed import CACHE, facts, keep_row, make_job, measured, read_rows, run_once
+from benchmarks.speed import CACHE, TimedRun, facts, keep_row, make_job, measured, read_rows
 from benchmarks.suites import BenchmarkError, Task
 
 FILE = "threshold.json"
@@ -80,7 +80,10 @@ def measure(task: Task, seeds: int, work: Path, scripts: Path, say: Any) -> dict
     for seed in range(1, seeds + 1):
         for name, side in sides.items():
             jobs[name], started = make_job(side, seed, scripts), time.time()
-            run_once(jobs[name], work / name, name == "compiled", enough=learned(level))
+            with TimedRun(jobs[name], work / name, name == "compiled", 1) as run:
+                run.go_on(learned(level))
+                if run.ended():
+                    run.result()  # which raises, if it went wrong
             runs[name].append(reached(work / name / "run", started, level))
             say(f"{task.label} on {task.env}, seed {seed}, {name}: {runs[name][-1]['seconds']} s")
     job = replace(jobs["eager"], versions=jobs["peer"].versions)

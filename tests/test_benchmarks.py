@@ -579,30 +579,77 @@ def test_steady_rate_leaves_the_warm_up_out(tmp_path):
     """10 s to compile, then 1,000 steps in each of 9 seconds; the first point is at 1,000 steps."""
     writer = SummaryWriter(str(tmp_path))
     for k in range(1, 11):
-        writer.add_scalar("charts/SPS", 1000 * k / (9 + k), 1000 * k)
+        writer.add_scalar("charts/SPS", 1000 * k / (9 + k), 1000 * k, walltime=50.0 + k)
     writer.close()
-    assert speed.steady_rate(tmp_path) == (pytest.approx(1000, rel=1e-4), pytest.approx(10))
+    rate, first = speed.steady_rate(tmp_path, lambda times: times - 41)
+    assert (rate, first) == (pytest.approx(1000), pytest.approx(10))
+    # Held from 55.5 on for an hour: by the run's own clock nothing has changed.
+    rate, _ = speed.steady_rate(tmp_path, lambda times: np.where(times < 55.5, times, 2 * times))
+    assert rate == pytest.approx(7000 / (120 - 53))
 
 
 def test_steady_rate_refuses_a_run_that_is_too_short(tmp_path):
     with pytest.raises(suites.BenchmarkError, match="too short"):
-        speed.steady_rate(tmp_path)
+        speed.steady_rate(tmp_path, lambda times: times)
 
 
-def test_ratios_are_taken_within_pairs_and_interleaved(monkeypatch, tmp_path):
+def program_job(program, **task):
+    return suites.Job(suites.Task("ppo", "CartPole-v1", 400, **task), 1, program, "", {}, None)
+
+
+def test_the_clock_of_a_run_stands_while_it_is_held(tmp_path):
+    with speed.TimedRun(program_job(b"pass"), tmp_path / "run", False, 1) as run:
+        run.turns = [(10.0, 11.0), (20.0, 23.0), (30.0, 31.0)]
+        times = np.arange(9.0, 33, 0.25)
+        ticks = np.arange(0, 40, 0.001)  # against counting the milliseconds in which it ran
+        ran = np.any([(ticks >= start) & (ticks < end) for start, end in run.turns], axis=0)
+        counted = [ran[ticks < time].sum() / 1000 for time in times]
+        assert np.allclose(run.active(times), counted, atol=0.002)
+
+
+def test_runs_take_turns_and_one_is_held_while_another_goes_on(tmp_path, monkeypatch):
+    """Each program notes the time at every step; between the first and the last of one's steps of a
+    turn there are none of the other's."""
+    program = b"""if True:
+        import time
+        for step in range(1, 401):
+            if step % 20 == 0:
+                print(f"{step} steps, {step // 4}%, return 1.0, 1 steps/s", flush=True)
+            with open("times.txt", "a") as file:
+                print(step, time.time(), file=file)
+            time.sleep(0.005)
+    """
+    clocks = {}
+
+    def steady_rate(run_dir, clock):
+        times = np.loadtxt(run_dir.parent / "times.txt")[:, 1]
+        clocks[run_dir.parent.name] = times, clock(times)
+        return 1.0, 1.0
+
+    monkeypatch.setattr(speed, "steady_rate", steady_rate)
+    jobs = {"eager": program_job(program), "compiled": program_job(program)}
+    assert set(speed.run_in_turns(jobs, tmp_path, 1)) == set(jobs)
+    owner = sorted((time, name) for name, (times, _) in clocks.items() for time in times)
+    changes = sum(a[1] != b[1] for a, b in itertools.pairwise(owner))
+    assert changes == 2 * 16 - 1  # the warm-up and 15 turns of each
+    for times, active in clocks.values():  # held for about as long as it ran: half of the time
+        assert 0.3 < (active[-1] - active[150]) / (times[-1] - times[150]) < 0.7
+
+
+def test_ratios_are_taken_within_pairs(monkeypatch, tmp_path):
     """A machine that is slower in the second pair leaves the ratios alone."""
-    order, rates = [], {"eager": [300, 30], "compiled": [400, 40], "peer": [100, 10]}
+    seeds, rates = [], {"eager": [300, 30], "compiled": [400, 40], "peer": [100, 10]}
 
-    def run_once(job, directory, compiled, threads):
-        order.append(directory.name)
-        assert threads == 3
-        assert (directory.name == "compiled") is compiled
-        assert bool(job.task.peer) is (directory.name == "peer") and job.seed == 1 + len(order) // 4
-        return {"sps": rates[directory.name].pop(0), "first_point_seconds": 1, "peak_mib": 100}
+    def run_in_turns(jobs, _work, threads):
+        assert threads == 3 and set(jobs) == set(rates)
+        assert [bool(job.task.peer) for job in jobs.values()] == [False, False, True]
+        seeds.append({job.seed for job in jobs.values()})
+        facts = {"first_point_seconds": 1, "peak_mib": 100}
+        return {name: {"sps": rates[name].pop(0), **facts} for name in jobs}
 
-    monkeypatch.setattr(speed, "run_once", run_once)
+    monkeypatch.setattr(speed, "run_in_turns", run_in_turns)
     speed.speed([suites.Task("ppo", "CartPole-v1", 1000)], 2, 3, tmp_path, tmp_path, ROOT)
-    assert order == ["eager", "compiled", "peer"] * 2
+    assert seeds == [{1}, {2}]
     (row,) = speed.read_speed(tmp_path)
     assert speed.ratios(row, "eager") == [3, 3] and speed.ratios(row, "compiled") == [4, 4]
     text = "\n".join(speed.speed_section([row]))
@@ -614,7 +661,7 @@ def test_ratios_are_taken_within_pairs_and_interleaved(monkeypatch, tmp_path):
 def test_only_the_first_compiled_run_is_a_cold_one(monkeypatch, tmp_path):
     """The next ones find its cache, although their directories are made anew; all have the
     threads that were asked for."""
-    monkeypatch.setattr(speed, "steady_rate", lambda directory: (1.0, 1.0))
+    monkeypatch.setattr(speed, "steady_rate", lambda directory, clock: (1.0, 1.0))
     program = b"""if True:
         import os, pathlib, sys
         cache = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
@@ -622,10 +669,9 @@ def test_only_the_first_compiled_run_is_a_cold_one(monkeypatch, tmp_path):
         (cache / str(len(list(cache.iterdir())))).touch()
         print(os.environ["OMP_NUM_THREADS"], *sys.argv[-3:], sorted(os.listdir(cache)))
     """
-    job = suites.Job(suites.Task("ppo", "CartPole-v1", 1000), 1, program, "", {}, None)
     said = []
     for side in ("eager", "compiled", "compiled"):
-        speed.run_once(job, tmp_path / side, side == "compiled", 2)
+        speed.run_once(program_job(program), tmp_path / side, side == "compiled", 2)
         said.append((tmp_path / side / "stdout.txt").read_text().strip())
     assert said == [
         "2 2 --eval-episodes 1 ['0']",

@@ -52,8 +52,8 @@ def test_threshold_end_to_end(tmp_path, monkeypatch, capsys):
     """A real run of each side, to a return that random play has."""
     monkeypatch.setattr(threshold, "LEVELS", {"CartPole-v1": 10.0})
     # Without the wait for the compiler: test_speed_end_to_end has that.
-    eager = lambda job, directory, _, **more: speed.run_once(job, directory, False, **more)
-    monkeypatch.setattr(threshold, "run_once", eager)
+    eager = lambda job, directory, _, threads: speed.TimedRun(job, directory, False, threads)
+    monkeypatch.setattr(threshold, "TimedRun", eager)
     suite = tmp_path / "small.toml"
     suite.write_text('publish = false\n[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 6000')
     began = time.time()
@@ -69,11 +69,13 @@ def test_threshold_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_ended_when_it_has_learned(tmp_path, monkeypatch):
     """Not by its lines of progress alone, whose return may be of a few episodes."""
-    monkeypatch.setattr(speed, "POLL_SECONDS", 0.05)
     task = suites.Task("ppo", "CartPole-v1", 200_000)
     job = speed.make_job(task, 1, suites.ROOT)
     began = time.time()
-    speed.run_once(job, tmp_path, False, enough=threshold.learned(15.0))
+    with speed.TimedRun(job, tmp_path / "side", False, 1) as run:
+        run.go_on(threshold.learned(15.0))
+        assert not run.ended()
+    tmp_path /= "side"
     found = threshold.reached(tmp_path / "run", began, 15.0)
     assert found["seconds"] is not None and not (tmp_path / "run/summary.json").exists()
     assert threshold.last_progress(tmp_path / "stdout.txt")[0] < 100_000
