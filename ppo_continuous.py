@@ -157,10 +157,17 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     return layer
 
 
-def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequential:
+class MLP(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer.forward(x)  # layer(x) sees to hooks too, for as long as a small layer takes
+        return x
+
+
+def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> MLP:
     first, second = layer_init(nn.Linear(inputs, hidden)), layer_init(nn.Linear(hidden, hidden))
     head = layer_init(nn.Linear(hidden, outputs), output_std)
-    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
+    return MLP(first, nn.Tanh(), second, nn.Tanh(), head)
 
 
 class SquashedNormal(Independent):
@@ -195,7 +202,7 @@ class Agent(nn.Module):
     def normalize(self, obs: Tensor) -> Tensor:
         if not self.norm_obs:
             return obs
-        return ((obs - self.obs_stats.mean) / self.obs_stats.std()).clamp(-10, 10).float()
+        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10).float()
 
     def policy(self, obs: Tensor) -> Independent:
         gaussian = Normal(self.actor(self.normalize(obs)), self.log_std.exp(), validate_args=False)
@@ -367,7 +374,7 @@ def main(args: Args) -> None:
         if args.norm_reward:
             sums, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
             agent.return_stats.update(to_tensor(sums).flatten())
-            scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
+            scaled_rewards = (rewards / agent.return_stats.std.item()).clip(-10, 10)
         outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
         advantages, returns, old_values = estimate_advantages(agent, *outcome, args)
 
@@ -382,7 +389,8 @@ def main(args: Args) -> None:
             for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
                 loss, metrics_of_loss = loss_function(agent, minibatch, clip_coef, beta, args)
                 loss.backward()
-                grad_norms += nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
+                grad_norms += (grad_norm := grad.norm())
+                grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                 optimizer.step()
                 grad.zero_()
                 metrics += metrics_of_loss
@@ -399,11 +407,11 @@ def main(args: Args) -> None:
             agent.obs_stats.update(batch[0])
 
         # --- 4. Log ---
-        losses: dict[str, float] = dict(zip(METRICS, (metrics / updates).tolist()))
-        losses["grad_norm"] = float(grad_norms) / updates
+        metrics /= updates
+        losses: dict[str, float] = dict(zip(METRICS, metrics.tolist()))
+        losses |= {"grad_norm": float(grad_norms) / updates, "kl_coef": kl_coef}
         unexplained = (returns - old_values).var() / returns.var().clamp(min=1e-8)
         losses["explained_variance"] = 1 - unexplained.item()
-        losses |= {"kl_coef": kl_coef} if kl_coef else {}
         run.log(losses, learning_rate)
     run.finish(num_iterations, kl_coef=kl_coef)
 
@@ -416,6 +424,7 @@ class RunningStats(nn.Module):
         super().__init__()
         self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
         self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.std = nn.Buffer((self.var + 1e-8).sqrt())  # what never varies is not divided by 0
         self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
@@ -425,10 +434,7 @@ class RunningStats(nn.Module):
         within = torch.lerp(self.var, x.double().var(0, correction=0), weight)
         self.var.copy_(within + weight * (1 - weight) * delta**2)
         self.mean += weight * delta
-
-    def std(self) -> Tensor:
-        """[*shape]; what never varies is not divided by 0."""
-        return (self.var + 1e-8).sqrt()
+        self.std.copy_((self.var + 1e-8).sqrt())
 
 
 def discounted_returns(rewards, dones, running, gamma):
@@ -729,13 +735,13 @@ class Run:
         if not finite.all():
             step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
             refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
-        ended = []
-        for t in range(len(rewards)):
-            self.open_episodes[0] += rewards[t]
-            self.open_episodes[1] += played[t]
-            if dones[t].any():
-                ended += self.open_episodes[:, dones[t]].T.tolist()
-                self.open_episodes[:, dones[t]] = 0
+        ended, start = [], 0
+        for t in np.flatnonzero(dones.any(1)):
+            self.open_episodes += rewards[start : t + 1].sum(0), played[start : t + 1].sum(0)
+            ended += self.open_episodes[:, dones[t]].T.tolist()
+            self.open_episodes[:, dones[t]] = 0
+            start = t + 1
+        self.open_episodes += rewards[start:].sum(0), played[start:].sum(0)
         self.ended += ended
         self.returns = (self.returns + [episode[0] for episode in ended])[-100:]
         self.step += int(played.sum())

@@ -186,10 +186,17 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     return layer
 
 
-def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequential:
+class MLP(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer.forward(x)  # layer(x) sees to hooks too, for as long as a small layer takes
+        return x
+
+
+def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> MLP:
     first, second = layer_init(nn.Linear(inputs, hidden)), layer_init(nn.Linear(hidden, hidden))
     head = layer_init(nn.Linear(hidden, outputs), output_std)
-    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
+    return MLP(first, nn.Tanh(), second, nn.Tanh(), head)
 
 
 class Agent(nn.Module):
@@ -211,7 +218,7 @@ class Agent(nn.Module):
     def normalize(self, obs: Tensor) -> Tensor:
         if not self.norm_obs:
             return obs
-        return ((obs - self.obs_stats.mean) / self.obs_stats.std()).clamp(-10, 10).float()
+        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10).float()
 
     def policy(self, obs: Tensor) -> Categorical | Independent:
         outputs = self.actor(self.normalize(obs))
@@ -314,7 +321,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     return value_loss(agent.value(obs), returns)
 
 
-def fit_critic(loss_function, agent: Agent, optimizer, obs, returns, args: Args) -> float:
+def fit_critic(loss_function, agent: Agent, optimizer, grad, obs, returns, args: Args):
     """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss."""
     total, updates = torch.zeros((), device=obs.device), 0
     for _ in range(args.value_epochs):
@@ -322,7 +329,7 @@ def fit_critic(loss_function, agent: Agent, optimizer, obs, returns, args: Args)
             loss = loss_function(agent, obs[index], returns[index])
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            grad.zero_()
             total, updates = total + loss.detach(), updates + 1
     return total.item() / updates
 
@@ -343,7 +350,7 @@ def main(args: Args) -> None:
     named = agent.named_parameters()
     policy = nn.ParameterList(p for name, p in named if not name.startswith("critic"))
     theta, grad = flatten_parameters(policy)
-    phi, _ = flatten_parameters(agent.critic)
+    phi, phi_grad = flatten_parameters(agent.critic)
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam([phi], lr=args.value_learning_rate, eps=1e-5, fused=True)
     if args.evaluate:
@@ -401,7 +408,7 @@ def main(args: Args) -> None:
         if args.norm_reward:
             sums, _ = discounted_returns(rewards, dones, np.zeros(N), args.gamma)
             agent.return_stats.update(to_tensor(sums[played]))
-            scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
+            scaled_rewards = (rewards / agent.return_stats.std.item()).clip(-10, 10)
         outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
         advantages, returns, old_values = estimate_advantages(agent, *outcome, args)
 
@@ -412,7 +419,8 @@ def main(args: Args) -> None:
             batch[2] = normalize_advantages(batch[2])
         loss, metrics = loss_function(agent, batch, M, args)
         loss.backward()
-        before, grad_norm = theta.detach().clone(), grad.norm().item()
+        grad_norm = grad.norm()
+        before = theta.detach().clone()
         if args.step_rule == "adam":
             optimizer.step()
         else:
@@ -421,14 +429,14 @@ def main(args: Args) -> None:
         grad.zero_()
         v_loss = 0.0
         if args.baseline == "value":  # only now, as a baseline that knew these returns is biased
-            fit = (value_function, agent, critic_optimizer)
+            fit = (value_function, agent, critic_optimizer, phi_grad)
             v_loss = fit_critic(*fit, batch[0], batch[3], args)
         if args.norm_obs:  # only now, so that the whole iteration saw one normalisation
             agent.obs_stats.update(batch[0])
 
         # --- 4. Log ---
         losses: dict[str, float] = dict(zip(METRICS, metrics.tolist()))
-        losses |= {"grad_norm": grad_norm, "step_norm": step_norm}
+        losses |= {"grad_norm": grad_norm.item(), "step_norm": step_norm}
         if args.baseline == "value":
             unexplained = (returns - old_values)[mask].var() / batch[3].var().clamp(min=1e-8)
             losses |= {"value_loss": v_loss, "explained_variance": 1 - unexplained.item()}
@@ -445,6 +453,7 @@ class RunningStats(nn.Module):
         super().__init__()
         self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
         self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.std = nn.Buffer((self.var + 1e-8).sqrt())  # what never varies is not divided by 0
         self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
@@ -454,10 +463,7 @@ class RunningStats(nn.Module):
         within = torch.lerp(self.var, x.double().var(0, correction=0), weight)
         self.var.copy_(within + weight * (1 - weight) * delta**2)
         self.mean += weight * delta
-
-    def std(self) -> Tensor:
-        """[*shape]; what never varies is not divided by 0."""
-        return (self.var + 1e-8).sqrt()
+        self.std.copy_((self.var + 1e-8).sqrt())
 
 
 def discounted_returns(rewards, dones, running, gamma):
@@ -758,13 +764,13 @@ class Run:
         if not finite.all():
             step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
             refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
-        ended = []
-        for t in range(len(rewards)):
-            self.open_episodes[0] += rewards[t]
-            self.open_episodes[1] += played[t]
-            if dones[t].any():
-                ended += self.open_episodes[:, dones[t]].T.tolist()
-                self.open_episodes[:, dones[t]] = 0
+        ended, start = [], 0
+        for t in np.flatnonzero(dones.any(1)):
+            self.open_episodes += rewards[start : t + 1].sum(0), played[start : t + 1].sum(0)
+            ended += self.open_episodes[:, dones[t]].T.tolist()
+            self.open_episodes[:, dones[t]] = 0
+            start = t + 1
+        self.open_episodes += rewards[start:].sum(0), played[start:].sum(0)
         self.ended += ended
         self.returns = (self.returns + [episode[0] for episode in ended])[-100:]
         self.step += int(played.sum())

@@ -169,10 +169,17 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     return layer
 
 
-def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> nn.Sequential:
+class MLP(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer.forward(x)  # layer(x) sees to hooks too, for as long as a small layer takes
+        return x
+
+
+def mlp(inputs: int, hidden: int, outputs: int, output_std: float) -> MLP:
     first, second = layer_init(nn.Linear(inputs, hidden)), layer_init(nn.Linear(hidden, hidden))
     head = layer_init(nn.Linear(hidden, outputs), output_std)
-    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
+    return MLP(first, nn.Tanh(), second, nn.Tanh(), head)
 
 
 class Agent(nn.Module):
@@ -194,7 +201,7 @@ class Agent(nn.Module):
     def normalize(self, obs: Tensor) -> Tensor:
         if not self.norm_obs:
             return obs
-        return ((obs - self.obs_stats.mean) / self.obs_stats.std()).clamp(-10, 10).float()
+        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10).float()
 
     def policy(self, obs: Tensor) -> Categorical | Independent:
         outputs = self.actor(self.normalize(obs))
@@ -269,7 +276,7 @@ def critic_loss(critic: nn.Module, inputs: Tensor, returns: Tensor) -> Tensor:
     return 0.5 * mse_loss(critic(inputs).squeeze(-1), returns)
 
 
-def fit_critic(loss_function, critic, optimizer, inputs, returns, args: Args) -> float:
+def fit_critic(loss_function, critic, optimizer, grad, inputs, returns, args: Args) -> float:
     """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss."""
     total, updates = torch.zeros((), device=returns.device), 0
     for _ in range(args.value_epochs):
@@ -279,7 +286,7 @@ def fit_critic(loss_function, critic, optimizer, inputs, returns, args: Args) ->
             loss = loss_function(critic, *minibatch)
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            grad.zero_()
             total, updates = total + loss.detach(), updates + 1
     return total.item() / updates
 
@@ -394,7 +401,7 @@ def main(args: Args) -> None:
     agent = Agent(envs, args).to(device)
     params = [p for name, p in agent.named_parameters() if not name.startswith("critic")]
     theta, grad = flatten_parameters(nn.ParameterList(params))
-    phi, _ = flatten_parameters(agent.critic)
+    phi, phi_grad = flatten_parameters(agent.critic)
     optimizer = torch.optim.Adam([phi], lr=args.value_learning_rate, eps=1e-5, fused=True)
     if args.fisher == "explicit" and len(theta) > 1000:
         refuse(f"--fisher explicit is for at most 1000 parameters, not {len(theta)}: --hidden-size")
@@ -442,7 +449,7 @@ def main(args: Args) -> None:
         if args.norm_reward:
             sums, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
             agent.return_stats.update(to_tensor(sums).flatten())
-            scaled_rewards = (rewards / agent.return_stats.std().item()).clip(-10, 10)
+            scaled_rewards = (rewards / agent.return_stats.std.item()).clip(-10, 10)
         outcome = (t_obs, t_next_obs, scaled_rewards, terminated, dones)
         advantages, returns, old_values = estimate_advantages(agent, *outcome, args)
 
@@ -452,6 +459,7 @@ def main(args: Args) -> None:
             old_policy = agent.policy(batch[0])
         loss, _ = loss_and_kl(agent, old_policy, *batch)
         loss.backward()
+        grad_norm = grad.norm()
         gradient = -grad.clone()
         grad.zero_()
         u, fisher_u = natural_direction(agent, params, gradient, *batch[:2], args)
@@ -464,8 +472,8 @@ def main(args: Args) -> None:
             shrunk, backtracks = line_search(theta, scale * u, evaluate_policy, loss, args)
             scale *= shrunk
             new_loss, kl = loss_and_kl(agent, old_policy, *batch)
-        fit = loss_function, agent.critic, optimizer, agent.normalize(batch[0]), returns.flatten()
-        v_loss = fit_critic(*fit, args)
+        regression = agent.normalize(batch[0]), returns.flatten()
+        v_loss = fit_critic(loss_function, agent.critic, optimizer, phi_grad, *regression, args)
         if args.norm_obs:  # only now, so that the whole iteration saw one normalisation
             agent.obs_stats.update(batch[0])
 
@@ -477,8 +485,8 @@ def main(args: Args) -> None:
             "improvement": (loss - new_loss).item(),
             "expected_improvement": scale * (gradient @ u).item(),
             "backtracks": backtracks, "accepted": float(scale > 0),
-            "grad_norm": gradient.norm().item(), "step_norm": scale * u.norm().item(),
-            "cg_residual": ((fisher_u - gradient).norm() / gradient.norm().clamp(1e-30)).item(),
+            "grad_norm": grad_norm.item(), "step_norm": scale * u.norm().item(),
+            "cg_residual": ((fisher_u - gradient).norm() / grad_norm.clamp(1e-30)).item(),
             "update_skipped": float(not curvature),
         }
         expected = losses["expected_improvement"]
@@ -497,6 +505,7 @@ class RunningStats(nn.Module):
         super().__init__()
         self.mean = nn.Buffer(torch.zeros(shape, dtype=torch.float64))
         self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
+        self.std = nn.Buffer((self.var + 1e-8).sqrt())  # what never varies is not divided by 0
         self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
@@ -506,10 +515,7 @@ class RunningStats(nn.Module):
         within = torch.lerp(self.var, x.double().var(0, correction=0), weight)
         self.var.copy_(within + weight * (1 - weight) * delta**2)
         self.mean += weight * delta
-
-    def std(self) -> Tensor:
-        """[*shape]; what never varies is not divided by 0."""
-        return (self.var + 1e-8).sqrt()
+        self.std.copy_((self.var + 1e-8).sqrt())
 
 
 def discounted_returns(rewards, dones, running, gamma):
@@ -810,13 +816,13 @@ class Run:
         if not finite.all():
             step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
             refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
-        ended = []
-        for t in range(len(rewards)):
-            self.open_episodes[0] += rewards[t]
-            self.open_episodes[1] += played[t]
-            if dones[t].any():
-                ended += self.open_episodes[:, dones[t]].T.tolist()
-                self.open_episodes[:, dones[t]] = 0
+        ended, start = [], 0
+        for t in np.flatnonzero(dones.any(1)):
+            self.open_episodes += rewards[start : t + 1].sum(0), played[start : t + 1].sum(0)
+            ended += self.open_episodes[:, dones[t]].T.tolist()
+            self.open_episodes[:, dones[t]] = 0
+            start = t + 1
+        self.open_episodes += rewards[start:].sum(0), played[start:].sum(0)
         self.ended += ended
         self.returns = (self.returns + [episode[0] for episode in ended])[-100:]
         self.step += int(played.sum())
