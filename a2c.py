@@ -158,9 +158,11 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 
 
 class MLP(nn.Sequential):
+    """The same layers, called by their forward: layer(x) sees to hooks too, which takes as long as
+    the arithmetic of layers as small as these."""
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
-            x = layer.forward(x)  # layer(x) sees to hooks too, for as long as a small layer takes
+            x = layer.forward(x)
         return x
 
 
@@ -691,6 +693,7 @@ class Run:
         if not finite.all():
             step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
             refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
+        # From one step that ends an episode to the next: most steps end none.
         ended, start = [], 0
         for t in np.flatnonzero(dones.any(1)):
             self.open_episodes += rewards[start : t + 1].sum(0), played[start : t + 1].sum(0)

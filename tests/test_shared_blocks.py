@@ -27,11 +27,11 @@ DIFF_BUDGET = {
 # has a squashed density more than the others, reinforce three baselines and five step rules; what
 # the design asks of the plumbing (exact resume, whole files, clear refusals and last words,
 # evaluation, video) takes 400 by itself.
-MOST_LINES = {name: (403, 809) for name in LADDER} | {"grpo_rloo": (590, 896)}
-MOST_LINES["ppo_continuous"] = (418, 824)
-MOST_LINES["reinforce"] = (447, 853)
-MOST_LINES["npg"] = (475, 881)  # three ways to invert the Fisher matrix
-MOST_LINES["trpo"] = (499, 905)
+MOST_LINES = {name: (405, 812) for name in LADDER} | {"grpo_rloo": (590, 896)}
+MOST_LINES["ppo_continuous"] = (420, 827)
+MOST_LINES["reinforce"] = (449, 856)
+MOST_LINES["npg"] = (477, 884)  # three ways to invert the Fisher matrix
+MOST_LINES["trpo"] = (501, 908)
 
 
 def test_shared_blocks_are_identical():
