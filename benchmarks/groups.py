@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import label
-from benchmarks.suites import Suite
+from benchmarks.suites import Suite, script_hash
 
 SCRIPTS = ("reinforce", "a2c", "npg", "trpo", "ppo", "ppo_continuous", "grpo_rloo")
 REFERENCES = Path(__file__).resolve().parent / "references.csv"
@@ -101,6 +101,21 @@ def missing_seeds(groups: list[Group], suite: Suite | None) -> list[str]:
                 lacking.setdefault((name, listed(missing)), []).append(task.env)
     return [f"Missing: {name} on {', '.join(envs)}, seeds {seeds}"
             for (name, seeds), envs in lacking.items()]
+
+
+def earlier_texts(groups: list[Group], scripts: Path) -> list[str]:
+    """A line for the seeds that another text of their script gave than the one that is there now;
+    they stay in the tables. Of peers nothing is said: their text is a library's."""
+    notes = []
+    for group in groups:
+        path = scripts / f"{base_script(group.label)}.py"
+        if group.label.startswith("sb3-") or not path.is_file():
+            continue
+        now = script_hash(path)
+        if old := [record["seed"] for record in group.records if record["script_hash"] != now]:
+            notes.append(f"Of an earlier text of {path.name}: {group.label} on {group.env}, "
+                         f"seeds {listed(sorted(old))}")
+    return notes
 
 
 def read_references() -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from benchmarks.groups import (
     Group,
     Normalised,
     base_script,
+    earlier_texts,
     group_records,
     label_order,
     normalise,
@@ -130,13 +131,18 @@ def suite_section(name: str, groups: list[Group], notes: list[str], scores: Norm
     labels = sorted({group.label for group in groups}, key=label_order)
     commands = [f"python -m benchmarks run {name}"]
     commands += [f"{commands[0]} --peer sb3"] * any(x.startswith("sb3-") for x in labels)
+    dashed = "; dashed: Stable-Baselines3 with the same hyperparameters"
+    dashed *= any(label.startswith("sb3-") for label in labels)
+    if "sb3-trpo" in labels:
+        dashed += (", for TRPO sb3-contrib, whose delta and damping mean more where actions have "
+                   "several dimensions (`benchmarks/peers.py`)")
     lines = [
         f"### {name}", "",
         f"![Learning curves of {', '.join(labels)}]({pictures}{name}_curves.png)",
         "",
         "Return of the training episodes against environment steps and against training time: "
         "interquartile mean (IQM) over seeds; band: its 95 % percentile bootstrap interval; thin "
-        "lines: single seeds; dashed: Stable-Baselines3 with the same hyperparameters.", "",
+        f"lines: single seeds{dashed}.", "",
     ]
     if scores.scores:
         lines += [
@@ -236,6 +242,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         except BenchmarkError:
             suite = None  # results of a suite outside this repository: nothing is expected
         groups, notes = group_records(records, suite)
+        notes += earlier_texts(groups, ROOT)
         if is_llm(groups):
             llms.append((name, groups))
             for pictures, lines in sections.items():

@@ -419,6 +419,23 @@ def test_seeds_that_do_not_belong_together_are_named():
     assert "Missing: ppo on Acrobot-v1, LunarLander-v3, seeds 1 to 10" in notes
 
 
+def test_results_of_an_earlier_text_are_named(classic, tmp_path):
+    (tmp_path / "ppo.py").write_text("STEPS = 1")
+    now = suites.script_hash(tmp_path / "ppo.py")
+    records = [make_record(seed=s, script_hash=now) for s in (1, 2, 3)]
+    records += [make_record(script="sb3-ppo", seed=1), make_record(script="a2c", seed=1)]
+    found, _ = groups.group_records(records, None)
+    assert groups.earlier_texts(found, tmp_path) == []  # of peers, and where there is no script
+    (tmp_path / "ppo.py").write_text("STEPS = 2")
+    records += [make_record(seed=4, script_hash=suites.script_hash(tmp_path / "ppo.py"))]
+    found, _ = groups.group_records(records, None)
+    note = "Of an earlier text of ppo.py: ppo on CartPole-v1, seeds 1 to 3"
+    assert groups.earlier_texts(found, tmp_path) == [note]
+    main(["report", str(classic)])  # whose records are of no text that there ever was
+    assert "- Of an earlier text of ppo.py: ppo on Acrobot-v1, seeds 1 to 10" in (
+        classic / "report.md").read_text()
+
+
 @pytest.mark.parametrize("numbers, text", [
     ([], ""), ([7], "7"), ([7, 8], "7, 8"), ([1, 2, 3, 5, 7, 8, 10], "1 to 3, 5, 7, 8, 10"),
 ])
