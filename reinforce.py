@@ -187,8 +187,8 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 
 
 class MLP(nn.Sequential):
-    """The same layers, called by their forward: layer(x) sees to hooks too, which takes as long as
-    the arithmetic of layers as small as these."""
+    """nn.Sequential that calls its layers' forward: layer(x) would look for hooks too, for as long
+    as the arithmetic of such small layers takes. (Hooks of single layers are not called.)"""
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
             x = layer.forward(x)
@@ -323,8 +323,9 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     return value_loss(agent.value(obs), returns)
 
 
-def fit_critic(loss_function, agent: Agent, optimizer, grad, obs, returns, args: Args):
-    """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss."""
+def fit_critic(loss_function, agent: Agent, optimizer, grad, obs, returns, args: Args) -> float:
+    """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss. grad is
+    the critic's flat gradient."""
     total, updates = torch.zeros((), device=obs.device), 0
     for _ in range(args.value_epochs):
         for index in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
@@ -449,7 +450,7 @@ def main(args: Args) -> None:
 
 # === Plumbing: the same in every script; skip it on a first reading ===============================
 class RunningStats(nn.Module):
-    """Mean and variance of all that was seen, in float64 buffers, which a saved agent keeps."""
+    """Mean, variance and std of all that was seen, float64 buffers, which a saved agent keeps."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -766,7 +767,7 @@ class Run:
         if not finite.all():
             step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
             refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
-        # From one step that ends an episode to the next: most steps end none.
+        # From one step that ends an episode to the next, as the others need no look.
         ended, start = [], 0
         for t in np.flatnonzero(dones.any(1)):
             self.open_episodes += rewards[start : t + 1].sum(0), played[start : t + 1].sum(0)

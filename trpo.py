@@ -170,8 +170,8 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 
 
 class MLP(nn.Sequential):
-    """The same layers, called by their forward: layer(x) sees to hooks too, which takes as long as
-    the arithmetic of layers as small as these."""
+    """nn.Sequential that calls its layers' forward: layer(x) would look for hooks too, for as long
+    as the arithmetic of such small layers takes. (Hooks of single layers are not called.)"""
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
             x = layer.forward(x)
@@ -279,7 +279,8 @@ def critic_loss(critic: nn.Module, inputs: Tensor, returns: Tensor) -> Tensor:
 
 
 def fit_critic(loss_function, critic, optimizer, grad, inputs, returns, args: Args) -> float:
-    """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss."""
+    """Regress V on the returns, tensors [B], by minibatches of Adam; the mean critic_loss. grad is
+    the critic's flat gradient."""
     total, updates = torch.zeros((), device=returns.device), 0
     for _ in range(args.value_epochs):
         # Put in order once, not gathered for each minibatch: this loop is most of an update's time.
@@ -501,7 +502,7 @@ def main(args: Args) -> None:
 
 # === Plumbing: the same in every script; skip it on a first reading ===============================
 class RunningStats(nn.Module):
-    """Mean and variance of all that was seen, in float64 buffers, which a saved agent keeps."""
+    """Mean, variance and std of all that was seen, float64 buffers, which a saved agent keeps."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -818,7 +819,7 @@ class Run:
         if not finite.all():
             step = self.step + (np.argmin(finite.all(1)) + 1) * len(rewards[0])
             refuse(f"reward or observation not finite at step {step}; kept: {self.checkpoint}", 1)
-        # From one step that ends an episode to the next: most steps end none.
+        # From one step that ends an episode to the next, as the others need no look.
         ended, start = [], 0
         for t in np.flatnonzero(dones.any(1)):
             self.open_episodes += rewards[start : t + 1].sum(0), played[start : t + 1].sum(0)

@@ -181,6 +181,7 @@ def main(argv: list[str]) -> int:
             print(compare(args.a, args.b))
             return 0
         if args.command in TIMED:
+            signal.signal(signal.SIGTERM, interrupt)  # what it holds must not be left behind
             return time_suite(args)
         if args.command == "step-sizes":
             from benchmarks import step_sizes

@@ -134,8 +134,8 @@ def suite_section(name: str, groups: list[Group], notes: list[str], scores: Norm
     dashed = "; dashed: Stable-Baselines3 with the same hyperparameters"
     dashed *= any(label.startswith("sb3-") for label in labels)
     if "sb3-trpo" in labels:
-        dashed += (", for TRPO sb3-contrib, whose delta and damping mean more where actions have "
-                   "several dimensions (`benchmarks/peers.py`)")
+        dashed += (", for TRPO sb3-contrib, whose delta and damping are in truth d times what they "
+                   "say where actions have d dimensions (`benchmarks/peers.py`)")
     lines = [
         f"### {name}", "",
         f"![Learning curves of {', '.join(labels)}]({pictures}{name}_curves.png)",

@@ -160,7 +160,7 @@ def find_record(records: list[dict[str, Any]], job: Job) -> dict[str, Any] | Non
     facts |= {"flags": task.flags, "script_hash": job.script_hash, "versions": job.versions}
     for record in records:
         # Whole iterations or episodes: a run is a little shorter or longer than it was to be.
-        same_length = math.isclose(record["steps"], task.steps, rel_tol=0.05)
+        same_length = math.isclose(record["steps"], task.steps, rel_tol=0.01)
         if same_length and all(record[name] == value for name, value in facts.items()):
             return record
     return None

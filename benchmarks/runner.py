@@ -1,4 +1,6 @@
-"""A suite's runs: skip the finished, resume the interrupted, retry the killed, name the failed."""
+"""A suite's runs: skip the finished, resume the interrupted, retry the killed, name the failed.
+
+Finished is a run whose own files say so, or that has its line in the results file."""
 
 import datetime
 import json
@@ -74,14 +76,14 @@ class Campaign:
     """Runs jobs, at most `parallel` at a time, and keeps the results file up to date."""
 
     def __init__(self, jobs: list[Job], work: Path, results: Path, engine: Engine,
-                 parallel: int, time_limit: float | None):
+                 parallel: int, time_limit: float | None, lines_count: bool = True):
         self.work, self.results, self.engine = work, results, engine
         self.parallel, self.time_limit = parallel, time_limit
         self.records: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.running: list[Attempt] = []
         self.attempts = [Attempt(job, work / job.name) for job in jobs]
-        old = read_records(results) if results.exists() else []
+        old = read_records(results) if lines_count and results.exists() else []
         for attempt in self.attempts:
             # A run's own files before its line: they may hold more than an older harness kept.
             if not self.collect(attempt) and (record := find_record(old, attempt.job)):

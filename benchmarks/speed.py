@@ -36,8 +36,8 @@ POLL_SECONDS = 0.02
 
 
 def steady_rate(run_dir: Path, clock: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-    """Steps per second after the warm-up, by a clock that gives the seconds at which a run was for
-    the times of its points; and the seconds until the curves' first point."""
+    """Steps per second after the warm-up, where clock turns times of day into seconds of running;
+    and the seconds until the curves' first point."""
     steps, sps = read_scalars(run_dir, "charts/SPS")
     if len(steps) < 3:
         raise BenchmarkError(f"{run_dir} has {len(steps)} points of charts/SPS: too short a run")
@@ -74,11 +74,12 @@ class TimedRun:
         # first compiled run is a cold one, the others are warm.
         own = {"TORCHINDUCTOR_CACHE_DIR": str(directory.parent / CACHE)}
         own |= dict.fromkeys(THREADS, str(threads))
-        out, err = directory / "stdout.txt", directory / "stderr.txt"
-        with out.open("wb") as out, err.open("wb") as err:
+        with (directory / "stdout.txt").open("wb") as out, (
+                directory / "stderr.txt").open("wb") as err:
+            # In a session of its own: Ctrl-Z and fg in a terminal must not wake what is held.
             self.process = subprocess.Popen(
                 command, env=environment() | own, cwd=directory, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err,
+                stdout=out, stderr=err, start_new_session=True,
             )
         self.job, self.directory, self.usage = job, directory, None
         self.turns: list[tuple[float, float]] = []  # times from and to which it was let run
@@ -102,12 +103,13 @@ class TimedRun:
         """Let it run until it ends or enough(directory), then hold it."""
         if self.ended():
             return
-        self.process.send_signal(signal.SIGCONT)
+        # os.kill, as Popen.send_signal may find that it has ended and keep that to itself.
+        os.kill(self.process.pid, signal.SIGCONT)
         start = time.time()
         while not self.ended() and not (enough and enough(self.directory)):
             time.sleep(POLL_SECONDS)
         if not self.ended():
-            self.process.send_signal(signal.SIGSTOP)
+            os.kill(self.process.pid, signal.SIGSTOP)
         self.turns.append((start, time.time()))
 
     def active(self, times: np.ndarray) -> np.ndarray:
@@ -150,10 +152,10 @@ def run_in_turns(jobs: dict[str, Job], work: Path, threads: int) -> dict[str, di
             run = TimedRun(job, work / name, name == "compiled", threads)
             runs[name] = stack.enter_context(run)
             run.go_on(at_share(WARM_UP, job.task))
-            if run.ended():
-                run.result()  # which raises, if it went wrong
         for share in np.arange(WARM_UP, 1, TURN)[1:]:
             for run in runs.values():
+                if run.ended():
+                    run.result()  # which raises, if it went wrong
                 run.go_on(at_share(share, run.job.task))
         for run in runs.values():
             run.go_on()

@@ -74,7 +74,9 @@ def run(work: Path, results: Path, scripts: Path, parallel: int, seeds: int = SE
 
     def campaign(tasks: list[Task]) -> tuple[bool, list[Job]]:
         jobs = make_jobs(tasks, seeds, scripts)
-        return Campaign(jobs, work, path, LocalEngine(), parallel, None).run(), jobs
+        # The lengths are read from the runs' own files, so that a line does not do.
+        runs = Campaign(jobs, work, path, LocalEngine(), parallel, None, lines_count=False)
+        return runs.run(), jobs
 
     ensure_random(results, [ENV])
     complete, jobs = campaign(plain_tasks())

@@ -3,7 +3,7 @@
 Seconds from the start of the process (imports, compilation and all) until the mean return of the
 last 100 training episodes is at a level, of the script eager, with --compile, and of its peer with
 the same hyperparameters; seed by seed, one after the other. A run that never gets there counts as
-such: it is never left out. One that does is ended there.
+such: it is never left out. One that does is ended at its next line of progress.
 """
 
 import math
@@ -49,6 +49,9 @@ def reached(run_dir: Path, started: float, level: float) -> dict[str, float | No
     steps, returns = read_scalars(run_dir, "charts/episodic_return")
     _, lengths = read_scalars(run_dir, "charts/episodic_length")
     _, times = read_scalars(run_dir, "charts/episodic_return", times=True)
+    # A run that goes on may have written a point after the first or the second look.
+    whole = min(len(steps), len(lengths), len(times))
+    steps, returns, lengths = steps[:whole], returns[:whole], lengths[:whole]
     if (i := first_at(steps, returns, lengths, level)) is None:
         return {"seconds": None, "steps": None}
     return {"seconds": round(times[i] - started, 2), "steps": int(steps[i])}
@@ -56,7 +59,7 @@ def reached(run_dir: Path, started: float, level: float) -> dict[str, float | No
 
 def learned(level: float) -> Callable[[Path], bool]:
     """Whether the run in a directory has got there, which its events say; they are read when its
-    last line of progress is a new one with such a return, so that looking costs it nothing."""
+    last line of progress is a new one with such a return, which is seldom, as a look costs time."""
     looked_at = None
 
     def enough(directory: Path) -> bool:

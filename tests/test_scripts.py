@@ -283,7 +283,7 @@ torch.manual_seed(5)
 obs = torch.randn(64, 2) * torch.tensor([1.0, 50.0])
 outputs = agent.actor(agent.normalize(obs)).detach()  # logits or means
 print(outputs.numpy().tobytes().hex(), agent.return_stats.var.item())
-print(agent.obs_stats.std().tolist())
+print(agent.obs_stats.std.tolist())
 """
     command = [sys.executable, "-c", code]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
