@@ -399,6 +399,18 @@ def test_report_counts_every_seed_and_names_the_missing(classic, capsys):
     assert "With 9 seeds a 95 % bootstrap interval covers less" in text
 
 
+def test_the_caption_speaks_of_the_peers_that_were_run(tmp_path):
+    for scripts, dashed, natural in (
+        (("ppo",), False, False), (("ppo", "sb3-ppo"), True, False), (("sb3-trpo",), True, True)
+    ):
+        (tmp_path / "odd.jsonl").unlink(missing_ok=True)
+        results.merge_records(tmp_path / "odd.jsonl", [make_record(script=x) for x in scripts])
+        assert report.report(tmp_path, None, check=False) == 0
+        text = (tmp_path / "report.md").read_text()
+        assert ("dashed: Stable-Baselines3" in text) is dashed
+        assert ("for TRPO sb3-contrib" in text) is natural
+
+
 def test_whole_episodes_make_runs_of_different_steps_that_belong_together():
     """Every seed counts, also where none has the steps of another; half the steps do not belong."""
     steps = [500_012, 503_733, 501_970, 504_121, 500_800]
@@ -600,9 +612,9 @@ def test_steady_rate_leaves_the_warm_up_out(tmp_path):
     writer.close()
     rate, first = speed.steady_rate(tmp_path, lambda times: times - 41)
     assert (rate, first) == (pytest.approx(1000), pytest.approx(10))
-    # Held from 55.5 on for an hour: by the run's own clock nothing has changed.
-    rate, _ = speed.steady_rate(tmp_path, lambda times: np.where(times < 55.5, times, 2 * times))
-    assert rate == pytest.approx(7000 / (120 - 53))
+    # Had it been held from 55.5 to 56.5, it would have needed a second less.
+    rate, _ = speed.steady_rate(tmp_path, lambda times: np.where(times < 55.5, times, times - 1))
+    assert rate == pytest.approx(7000 / 6)
 
 
 def test_steady_rate_refuses_a_run_that_is_too_short(tmp_path):
@@ -651,6 +663,24 @@ def test_runs_take_turns_and_one_is_held_while_another_goes_on(tmp_path, monkeyp
     assert changes == 2 * 16 - 1  # the warm-up and 15 turns of each
     for times, active in clocks.values():  # held for about as long as it ran: half of the time
         assert 0.3 < (active[-1] - active[150]) / (times[-1] - times[150]) < 0.7
+
+
+def test_no_process_is_left_behind(tmp_path):
+    """Neither a held one nor one that runs when another goes wrong."""
+    job = program_job(b"import time; time.sleep(60)")
+    with speed.TimedRun(job, tmp_path / "a", False, 1) as run:
+        run.go_on(lambda _: True)
+        assert not run.ended() and alive(run.process.pid)
+    assert not alive(run.process.pid)
+    program = b"import os; open('pid', 'w').write(str(os.getpid())); "
+    line = b"print('200 steps, 50%, return 1.0, 1 steps/s', flush=True); "
+    jobs = {"eager": program_job(program + line + b"import time; time.sleep(60)"),
+            "compiled": program_job(program + line + b"raise SystemExit('no more')")}
+    began = time.monotonic()
+    with pytest.raises(suites.BenchmarkError, match="status 1: no more"):
+        speed.run_in_turns(jobs, tmp_path, 1)
+    assert time.monotonic() - began < 30
+    assert not any(alive(int((tmp_path / name / "pid").read_text())) for name in jobs)
 
 
 def test_ratios_are_taken_within_pairs(monkeypatch, tmp_path):
@@ -863,6 +893,10 @@ def test_step_sizes_end_to_end(tmp_path, monkeypatch, capsys):
     text = "\n".join(step_sizes.section(tmp_path, ""))
     assert (tmp_path / step_sizes.PICTURE).exists() and "| 0.0001 | " in text
     assert capsys.readouterr().out.count('"rule"') == 4
+    shutil.rmtree(tmp_path / "work")  # as in a fresh clone: a line has not the steps' lengths
+    assert main(["step-sizes", "--seeds", "2", *paths]) == 0
+    again = step_sizes.summary(tmp_path)
+    assert [(r["seeds"], r["length"]) for r in again] == [(2, r["length"]) for r in rows]
 
 
 # --- Running: scripts that do what they should not ------------------------------------------------
@@ -1049,6 +1083,31 @@ def test_a_line_of_the_results_counts_as_a_finished_run(fake):
             json.dumps(record) + "\n" for record in fake.records().values()
             if record["seed"] < 3 and record["flags"]
         ))
+
+
+def test_only_a_line_of_the_same_run_counts():
+    task = suites.Task("ppo", "CartPole-v1", 500_000, {"gamma": 0.9}, "a")
+    job = suites.Job(task, 1, b"", "h", {"torch": "2"}, None)
+    record = make_record(variant="a", flags={"gamma": 0.9}, steps=499_712)
+    assert results.find_record([record], job) == record
+    for other in (
+        {"env": "Acrobot-v1"}, {"script": "a2c"}, {"script": "sb3-ppo"}, {"variant": ""},
+        {"flags": {}}, {"seed": 2}, {"script_hash": "i"}, {"versions": {}}, {"steps": 480_000},
+    ):
+        assert results.find_record([record | other], job) is None, other
+    peer = replace(job, task=replace(task, peer="sb3"))
+    assert results.find_record([record], peer) is None
+    assert results.find_record([record | {"script": "sb3-ppo"}], peer)
+
+
+def test_a_runs_own_files_come_before_its_line(fake):
+    fake.suite("good")
+    assert fake.run().returncode == 0
+    path = fake.path / "results" / "odd.jsonl"
+    record = fake.records()["good", 1] | {"train_return_last100": 1.0}
+    path.write_text(json.dumps(record) + "\n")
+    assert fake.run().returncode == 0 and len(fake.attempts("good")) == 1
+    assert fake.records()["good", 1]["train_return_last100"] == 7.5
 
 
 def test_an_edit_during_a_campaign_does_not_get_into_it(fake):

@@ -23,6 +23,7 @@ from torch.distributions import (
 
 import ppo
 import ppo_continuous
+import reinforce
 from tests.envs import Bounded
 
 GAE_SCRIPTS = [ppo, ppo_continuous]
@@ -160,6 +161,32 @@ def test_running_stats_are_those_of_all_the_data(script, seed, sizes, offset):
     np.testing.assert_allclose(running.mean, data.mean(0), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(running.var, data.var(0), rtol=1e-6, atol=1e-9)
     assert running.count == len(data)
+
+
+@pytest.mark.parametrize("script", [ppo, reinforce])
+@pytest.mark.parametrize("seed", range(20))
+def test_episodes_are_counted_as_one_by_one(script, seed):
+    """Returns and lengths over three rollouts, against a walk through each environment's steps."""
+    rng = np.random.default_rng(seed)
+    run, N, T = object.__new__(script.Run), int(rng.integers(1, 5)), int(rng.integers(1, 30))
+    run.step, run.returns, run.ended, run.checkpoint = 0, [], [], None
+    run.open_episodes = np.zeros((2, N))
+    totals, expected, steps = np.zeros((2, N)), [], 0
+    for _ in range(3):
+        rewards, dones = rng.normal(size=(T, N)), rng.random((T, N)) < rng.choice([0.02, 0.3])
+        played = rng.random((T, N)) < 0.8
+        run.count(np.zeros((T, N, 1)), np.zeros((T, N, 1)), rewards, dones, played)
+        steps += played.sum()
+        for t in range(T):
+            totals += rewards[t], played[t]
+            for i in np.flatnonzero(dones[t]):
+                expected.append(totals[:, i].tolist())
+                totals[:, i] = 0
+    assert len(run.ended) == len(expected) and run.step == steps
+    if expected:
+        np.testing.assert_allclose(run.ended, expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(run.returns, np.array(expected)[-100:, 0], atol=1e-12)
+    np.testing.assert_allclose(run.open_episodes, totals, atol=1e-12)
 
 
 @pytest.mark.parametrize("script", GAE_SCRIPTS)
@@ -338,7 +365,7 @@ def test_orthogonal_initialisation_and_its_gains():
 
 
 def test_flat_parameters_train_as_separate_ones_do():
-    """clip + Adam on the vector equals clip + Adam on the list, and the modules follow it."""
+    """The scripts' clip and Adam on the vector equal torch's on the list; the modules follow it."""
     flat_agent, _ = small_agent()
     agent, _ = small_agent()
     theta, grad = ppo.flatten_parameters(flat_agent)
@@ -349,7 +376,7 @@ def test_flat_parameters_train_as_separate_ones_do():
         obs, actions = torch.randn(16, 3), torch.randint(4, (16,))
         for a in (flat_agent, agent):
             (a.policy(obs).log_prob(actions).mean() + a.value(obs).square().mean()).backward()
-        torch.nn.utils.clip_grad_norm_(theta, 0.05)
+        grad *= (0.05 / (grad.norm() + 1e-6)).clamp(max=1)
         torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.05)
         flat_adam.step()
         adam.step()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.processes import ROOT, run, start, wait_for
 
@@ -374,11 +375,62 @@ def test_every_choice_runs_and_stays_finite(script, flags, tmp_path):
     state, _ = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
     assert all(x.isfinite().all() for x in state.values())
     logged = curves(tmp_path)
-    if script in ("ppo", "ppo_continuous") and "--kl-coef" not in flags:
-        assert not any(beta for _, beta in logged["losses/kl_coef"])
+    if script in ("ppo", "ppo_continuous") and "--adaptive-kl" not in flags:
+        beta = float(flags.split("--kl-coef ")[1].split()[0]) if "--kl-coef" in flags else 0
+        assert all(x == pytest.approx(beta) for _, x in logged["losses/kl_coef"])
     if "--adaptive-kl" in flags:
         betas = [beta for _, beta in logged["losses/kl_coef"]]
         assert betas == pytest.approx([0.1 / 2 ** (i + 1) for i in range(4)])  # far below target
+
+
+@pytest.fixture
+def steps_taken():
+    """Of every optimiser's step from here on: how many parameters, and the gradient's norm."""
+    taken = []
+
+    def note(optimizer, _args, _kwargs):
+        (flat,) = optimizer.param_groups[0]["params"]
+        taken.append((flat.numel(), flat.grad.norm().item()))
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield taken
+    handle.remove()
+
+
+@pytest.mark.parametrize("script", ["a2c", "ppo", "ppo_continuous"])
+def test_the_gradient_that_is_followed_is_clipped_and_its_norm_was_logged(
+        script, steps_taken, tmp_path):
+    module = importlib.import_module(script)
+    small = f"{TASK[script]} {STEPS[script]} --total-timesteps 1024 --eval-episodes 1".split()
+    logged = {}
+    for longest in ("1e-3", "1e9"):
+        run_dir = tmp_path / longest
+        args = module.parse_args([*small, "--max-grad-norm", longest, "--run-dir", str(run_dir)])
+        module.main(args)
+        logged[longest] = [norm for _, norm in curves(run_dir)["losses/grad_norm"]]
+        norms = np.array([norm for _, norm in steps_taken]).reshape(len(logged[longest]), -1)
+        if longest == "1e-3":  # never reached from below: all are scaled, to this
+            np.testing.assert_allclose(norms, 1e-3, rtol=1e-2)
+        else:  # nothing is scaled, up neither: what was logged is what was followed
+            np.testing.assert_allclose(norms.mean(1), logged[longest], rtol=1e-4)
+        steps_taken.clear()
+    assert min(logged["1e-3"]) > 1e-2
+    if script == "a2c":  # the first gradient is the same in both
+        assert logged["1e-3"][0] == pytest.approx(logged["1e9"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("script", ["reinforce", "npg", "trpo"])
+def test_the_critic_steps_along_one_minibatchs_gradient(script, steps_taken, tmp_path):
+    """Of a critic that hardly moves, each epoch on the whole batch finds the same gradient; were it
+    not set back to 0, it would grow by that."""
+    module = importlib.import_module(script)
+    small = f"{TASK[script]} {STEPS[script]} --total-timesteps 1024 --eval-episodes 1"
+    small += " --value-learning-rate 1e-12 --num-minibatches 1 --value-epochs 4"
+    module.main(module.parse_args([*small.split(), "--run-dir", str(tmp_path)]))
+    critic = 4 * 64 + 64 + 64 * 64 + 64 + 64 + 1
+    norms = np.array([norm for count, norm in steps_taken if count == critic]).reshape(-1, 4)
+    assert len(norms) > 0 and norms.min() > 0
+    np.testing.assert_allclose(norms, norms[:, :1].repeat(4, 1), rtol=1e-3)
 
 
 @pytest.mark.parametrize("target,epochs", [("1e-12", 1), ("1e6", 4)])

@@ -55,13 +55,15 @@ def test_threshold_end_to_end(tmp_path, monkeypatch, capsys):
     eager = lambda job, directory, _, threads: speed.TimedRun(job, directory, False, threads)
     monkeypatch.setattr(threshold, "TimedRun", eager)
     suite = tmp_path / "small.toml"
-    suite.write_text('publish = false\n[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 6000')
+    text = 'publish = false\n[[task]]\nscript = "ppo"\nenv = "CartPole-v1"\nsteps = 60000'
+    suite.write_text(text)
     began = time.time()
     command = ["threshold", str(suite), "--seeds", "1", "--work", str(tmp_path), "--results"]
     assert main([*command, str(tmp_path / "results")]) == 0
     (row,) = json.loads((tmp_path / "results/threshold.json").read_text())
+    assert not list(tmp_path.glob("threshold/*/run/summary.json"))  # each was ended early
     for (run,) in row["runs"].values():
-        assert 0 < run["seconds"] < time.time() - began and 1000 < run["steps"] <= 6000
+        assert 0 < run["seconds"] < time.time() - began and 1000 < run["steps"] < 60000
     text = "\n".join(threshold.threshold_section(threshold.read_threshold(tmp_path / "results")))
     assert threshold.threshold_line(row) in text and "| 10 | 1 |" in text
     assert "seed 1, peer" in capsys.readouterr().out
@@ -79,13 +81,40 @@ def test_a_run_is_ended_when_it_has_learned(tmp_path, monkeypatch):
     found = threshold.reached(tmp_path / "run", began, 15.0)
     assert found["seconds"] is not None and not (tmp_path / "run/summary.json").exists()
     assert threshold.last_progress(tmp_path / "stdout.txt")[0] < 100_000
-    lines = tmp_path / "stdout.txt"
-    assert threshold.learned(15.0)(tmp_path) and not threshold.learned(1e4)(tmp_path)
+    assert threshold.learned(15.0)(tmp_path)
     monkeypatch.setattr(threshold, "EPISODES", 10**6)
     assert not threshold.learned(15.0)(tmp_path)
-    lines.write_text("")
-    monkeypatch.setattr(threshold, "EPISODES", 100)
-    assert not threshold.learned(15.0)(tmp_path)
+
+
+def test_a_look_is_taken_at_new_lines_alone(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(threshold, "reached", lambda *x: looks.append(x) or {"seconds": None})
+    enough, log = threshold.learned(100.0), tmp_path / "stdout.txt"
+    assert not enough(tmp_path) and not looks  # no line yet
+    for step, value in ((10, 50.0), (20, 100.0), (30, 99.0), (40, 120.0)):
+        log.write_text(f"{step} steps, 5%, return {value}, 9 steps/s")
+        assert not enough(tmp_path) and not enough(tmp_path)
+        assert len(looks) == {10: 0, 20: 1, 30: 1, 40: 2}[step]
+
+
+def test_a_run_that_writes_meanwhile_can_be_looked_at(tmp_path, monkeypatch):
+    """Its points of the three looks need not be as many."""
+    points = iter([3, 4, 5])
+
+    def read_scalars(run_dir, tag, times=False):
+        n = next(points)
+        return np.arange(1.0, n + 1) * 1000, np.full(n, 10.0)
+
+    monkeypatch.setattr(threshold, "read_scalars", read_scalars)
+    assert threshold.reached(tmp_path, 4.0, 10.0) == {"seconds": 6.0, "steps": 1000}
+
+
+def test_a_run_that_crashes_is_not_one_that_never_learns(tmp_path):
+    script = tmp_path / "ppo.py"
+    script.write_text((suites.ROOT / "ppo.py").read_text().replace("def main(args", "def _(args"))
+    task = suites.Task("ppo", "CartPole-v1", 6000)
+    with pytest.raises(suites.BenchmarkError, match="ended with status 1"):
+        threshold.measure(task, 1, tmp_path / "work", tmp_path, lambda _: None)
 
 
 def test_a_level_must_be_set(tmp_path, capsys):
