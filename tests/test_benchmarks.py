@@ -675,7 +675,7 @@ def test_no_process_is_left_behind(tmp_path):
     program = b"import os; open('pid', 'w').write(str(os.getpid())); "
     line = b"print('200 steps, 50%, return 1.0, 1 steps/s', flush=True); "
     jobs = {"eager": program_job(program + line + b"import time; time.sleep(60)"),
-            "compiled": program_job(program + line + b"raise SystemExit('no more')")}
+            "compiled": program_job(program + b"raise SystemExit('no more')")}
     began = time.monotonic()
     with pytest.raises(suites.BenchmarkError, match="status 1: no more"):
         speed.run_in_turns(jobs, tmp_path, 1)
