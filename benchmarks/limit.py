@@ -3,11 +3,13 @@
 The limit of a script is what its environments need to replay recorded actions, plus what its bare
 networks (matrix products and activations; no loss, no optimiser, no copies) need for as many passes
 forward and backward, of the same shapes, as the script makes. Both are timed, eager and on one
-thread, in one process with the script itself, in turns.
+thread, in one process with the script itself: after each of its iterations, as many steps and
+passes as that took, so that what else the machine does meanwhile meets all alike.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -15,8 +17,11 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.runner import command_line, environment
 from benchmarks.speed import WARM_UP, facts, keep_row, measured, read_rows, spread
@@ -26,7 +31,7 @@ from benchmarks.suites import script_hash as hash_of
 FILE = "limit.json"
 SECTION = re.compile(r"^(        )# --- (\d\. \w+) ---$", re.MULTILINE)
 PARTS = ("1. Collect", "2. Advantages", "3. Update", "4. Log")
-AT_LEAST = 0.3  # seconds that a timed stretch of passes is repeated for
+BARE = ("environment", "networks")
 
 
 def instrument(source: str) -> str:
@@ -39,25 +44,51 @@ def instrument(source: str) -> str:
     return text
 
 
-def load(name: str, path: Path, marks: list[tuple[str, int, float]]) -> Any:
-    """The instrumented script as a module; its marks go to the list."""
+class Marks:
+    """When the parts of a script's loop began and ended, and what the bare work of each iteration,
+    done between two of them, took."""
+
+    def __init__(self):
+        self.parts: list[tuple[str, int, float, float]] = []
+        self.bare: list[tuple[int, float, float]] = []
+        self.work: Callable[[int], tuple[float, float]] | None = None
+        """does the bare work of an iteration of some steps; seconds in the environments and in the
+        networks"""
+
+    def __call__(self, part: str, step: int) -> None:
+        ended = time.perf_counter()
+        if part == PARTS[0]:
+            steps = [at for name, at, *_ in self.parts if name == part][-1:]
+            if self.work and steps:
+                count = step - steps[0]
+                self.bare.append((count, *self.work(count)))
+        self.parts.append((part, step, ended, time.perf_counter()))
+
+    def per_step(self) -> dict[str, float]:
+        """Microseconds per step of each part of the loop and of the bare work, after the warm-up's
+        iterations."""
+        starts = [i for i, mark in enumerate(self.parts) if mark[0] == PARTS[0]]
+        warm = int(len(starts) * WARM_UP)
+        rest = self.parts[starts[warm] :]
+        seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        for (part, _, _, start), (_, _, end, _) in itertools.pairwise(rest):
+            seconds[part] += end - start
+        steps = rest[-1][1] - rest[0][1]
+        found = {part: x / steps for part, x in seconds.items()}
+        if self.bare:
+            counts, *bare = np.sum(self.bare[warm:], axis=0)
+            found |= {name: x / counts for name, x in zip(BARE, bare)}
+        return {name: round(x * 1e6, 3) for name, x in found.items()}
+
+
+def load(name: str, path: Path, marks: Marks) -> Any:
+    """The instrumented script as a module."""
     module = types.ModuleType(name)
     module.__file__ = str(path)
-    vars(module)["mark"] = lambda part, step: marks.append((part, step, time.perf_counter()))
+    vars(module)["mark"] = marks
     sys.modules[name] = module
     exec(compile(instrument(path.read_text()), str(path), "exec"), vars(module))
     return module
-
-
-def per_step(marks: list[tuple[str, int, float]]) -> dict[str, float]:
-    """Microseconds per step of each part of the loop, after the warm-up's iterations."""
-    starts = [i for i, mark in enumerate(marks) if mark[0] == PARTS[0]]
-    first = starts[int(len(starts) * WARM_UP)]
-    steps = marks[-1][1] - marks[first][1]
-    seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for (part, _, start), (_, _, end) in zip(marks[first:], marks[first + 1 :]):
-        seconds[part] += end - start
-    return {part: round(x / steps * 1e6, 3) for part, x in seconds.items()}
 
 
 def passes(script: str, args: Any, batch: int) -> list[tuple[str, int, int, bool]]:
@@ -80,36 +111,40 @@ def passes(script: str, args: Any, batch: int) -> list[tuple[str, int, int, bool
             ("critic", *fit)]
 
 
-def time_networks(script: str, args: Any, agent: Any, batch: int, obs_dim: int) -> float:
-    """Microseconds per step of an iteration's bare passes."""
+def bare_networks(script: str, args: Any, agent: Any, obs_dim: int) -> Callable[[int], float]:
+    """Makes an iteration's passes over a batch of some steps and returns their seconds."""
     import torch
 
-    work = []
-    for name, rows, count, backward in passes(script, args, batch):
-        network, x = getattr(agent, name), torch.randn(rows, obs_dim)
-        ones, params = torch.ones_like(network(x)), list(network.parameters())
-        work.append((network, x, count, params if backward else [], ones))
-    rounds, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < AT_LEAST:
-        rounds += 1
-        for network, x, count, params, ones in work:
+    own = torch.Generator().manual_seed(1)  # the script's random numbers stay the script's
+
+    def work(batch: int) -> float:
+        todo = []
+        for name, rows, count, backward in passes(script, args, batch):
+            network, x = getattr(agent, name), torch.randn(rows, obs_dim, generator=own)
+            params = list(network.parameters()) if backward else []
+            outputs = 1 if name == "critic" else agent.actor[-1].out_features
+            todo.append((network, x, count, params, torch.ones(rows, outputs)))
+        start = time.perf_counter()
+        for network, x, count, params, ones in todo:
             with torch.set_grad_enabled(bool(params)):
                 for _ in range(count):
                     y = network(x)
                     if params:
                         torch.autograd.grad(y, params, ones)
-    return round(seconds / rounds / batch * 1e6, 3)
+        return time.perf_counter() - start
+
+    return work
 
 
-def time_transformer(module: Any, args: Any, agent: Any, P: int, L: int) -> float:
-    """Microseconds per completion of grpo_rloo's passes: sampling, then the log-probabilities of
-    the old policy and the reference, the updates. Completions as long as the longest answer."""
+def bare_transformer(module: Any, args: Any, agent: Any, P: int, L: int) -> Callable[[int], float]:
+    """The same of grpo_rloo: sampling, then the log-probabilities of the old policy and the
+    reference, the updates. Completions are as long as the longest answer."""
     import torch
 
-    Q, G = args.num_prompts, args.group_size
-    prompts = torch.randint(2, 90, (Q, P))
+    Q, G, own = args.num_prompts, args.group_size, torch.Generator().manual_seed(1)
+    prompts = torch.randint(2, 90, (Q, P), generator=own)
     real = torch.ones(Q, P, dtype=torch.bool)
-    tokens = torch.randint(2, 90, (Q * G, L - 1))
+    tokens = torch.randint(2, 90, (Q * G, L - 1), generator=own)
     longer = lambda n, width: torch.ones(n * G, P + width, dtype=torch.bool)
 
     def read(count: int):
@@ -119,9 +154,9 @@ def time_transformer(module: Any, args: Any, agent: Any, P: int, L: int) -> floa
 
     params, part = list(agent.parameters()), Q // args.num_minibatches
     ones = [torch.ones_like(x) for x in read(part)]
-    rounds, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < AT_LEAST:
-        rounds += 1
+
+    def work(_: int) -> float:
+        start = time.perf_counter()
         with torch.inference_mode():
             _, past, _ = module.read_prompts(agent, prompts, real, G)
             for t in range(L - 1):
@@ -130,7 +165,9 @@ def time_transformer(module: Any, args: Any, agent: Any, P: int, L: int) -> floa
                 read(Q)
         for _ in range(args.update_epochs * args.num_minibatches):
             torch.autograd.grad(read(part), params, ones)
-    return round(seconds / rounds / (Q * G) * 1e6, 3)
+        return time.perf_counter() - start
+
+    return work
 
 
 def record(module: Any, args: Any, envs: Any, agent: Any, steps: int) -> list[Any]:
@@ -146,20 +183,25 @@ def record(module: Any, args: Any, envs: Any, agent: Any, steps: int) -> list[An
     return actions
 
 
-def time_environments(args: Any, envs: Any, actions: list[Any]) -> float:
-    """Microseconds per step of a replay."""
+def bare_environments(args: Any, envs: Any, actions: list[Any]) -> Callable[[int], float]:
+    """Replays some steps of the recorded actions, over and over, and returns their seconds."""
     envs.reset(seed=list(range(args.num_envs)))
-    start = time.perf_counter()
-    for action in actions:
-        envs.step(action)
-    return round((time.perf_counter() - start) / len(actions) / args.num_envs * 1e6, 3)
+    recorded = itertools.cycle(actions)
+
+    def work(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps // args.num_envs):
+            envs.step(next(recorded))
+        return time.perf_counter() - start
+
+    return work
 
 
 def work(script: str, path: Path, argv: list[str], rounds: int) -> list[dict[str, Any]]:
     """The rounds of one task, in this process."""
     import torch
 
-    marks: list[tuple[str, int, float]] = []
+    marks = Marks()
     module = load(script, path, marks)
     with tempfile.TemporaryDirectory() as directory:
         parse = lambda *more: module.parse_args([*argv, *more])
@@ -171,26 +213,24 @@ def work(script: str, path: Path, argv: list[str], rounds: int) -> list[dict[str
             answers = [answer for _, answer in train + test]
             L = max(map(len, answers)) + 1  # of a right answer, with its end token
             agent = module.Agent(P + L, answers, args)
+            environments = lambda steps: 0.0
+            networks = bare_transformer(module, args, agent, P, L)
         else:
             envs = module.make_envs(args)
             agent = module.Agent(envs, args)
-            obs_dim = envs.single_observation_space.shape[0]
             actions = record(module, args, envs, agent, max(500, 4096 // args.num_envs))
+            environments = bare_environments(args, envs, actions)
+            obs_dim = envs.single_observation_space.shape[0]
+            networks = bare_networks(script, args, agent, obs_dim)
         for number in range(rounds):
-            row: dict[str, Any] = {"environment": 0.0}
+            row: dict[str, Any] = {}
             for side in ("eager", "compiled"):
                 torch._dynamo.reset()  # a compiled loss of another run is not this run's
-                marks.clear()
+                marks.parts, marks.bare = [], []
+                marks.work = lambda steps: (environments(steps), networks(steps))
                 flags = ["--run-dir", f"{directory}/{side}{number}", "--eval-episodes", "1"]
                 module.main(parse(*flags, *["--compile"] * (side == "compiled")))
-                row[side] = per_step(marks)
-            if script == "grpo_rloo":
-                row["networks"] = time_transformer(module, args, agent, P, L)
-            else:
-                iterations = sum(part == PARTS[0] for part, *_ in marks)
-                batch = round(marks[-1][1] / iterations)
-                row["environment"] = time_environments(args, envs, actions)
-                row["networks"] = time_networks(script, args, agent, batch, obs_dim)
+                row[side] = marks.per_step()
             found.append(row)
     return found
 
@@ -221,20 +261,25 @@ def limit(tasks: list[Task], rounds: int, results: Path, scripts: Path) -> None:
         keep_row(results / FILE, row)
 
 
+def total(found: dict[str, float]) -> float:
+    """Microseconds per step of a script's loop."""
+    return sum(found[part] for part in PARTS)
+
+
 def shares(row: dict[str, Any], side: str) -> list[float]:
     """The limit over the script's time, in percent, round by round."""
-    limits = [x["environment"] + x["networks"] for x in row["rounds"]]
-    return [100 * a / sum(x[side].values()) for a, x in zip(limits, row["rounds"], strict=True)]
+    found = [x[side] for x in row["rounds"]]
+    return [100 * (x["environment"] + x["networks"]) / total(x) for x in found]
 
 
 def limit_line(row: dict[str, Any]) -> str:
     rounds, name = row["rounds"], row["script"] + f" ({row['variant']})" * bool(row["variant"])
-    cells = [name, row["env"]]
-    cells += [spread([x[part] for x in rounds], 1) for part in ("environment", "networks")]
+    eager = [x["eager"] for x in rounds]
+    cells = [name, row["env"], *(spread([x[part] for x in eager], 1) for part in BARE)]
     for side in ("eager", "compiled"):
-        cells += [spread([sum(x[side].values()) for x in rounds], 1), spread(shares(row, side), 0)]
-    total = sum(sum(x["eager"].values()) for x in rounds)
-    parts = [sum(x["eager"][part] for x in rounds) / total for part in PARTS]
+        cells += [spread([total(x[side]) for x in rounds], 1), spread(shares(row, side), 0)]
+    whole = sum(map(total, eager))
+    parts = [sum(x[part] for x in eager) / whole for part in PARTS]
     return f"| {' | '.join([*cells, ', '.join(f'{100 * x:.0f}' for x in parts)])} |"
 
 
@@ -250,7 +295,9 @@ def limit_section(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|", *map(limit_line, rows), "",
         "The limit: the environments replaying recorded actions, plus as many passes of the bare "
         "networks, no loss and no optimiser, as the script makes, at the same batch shapes "
-        "(`benchmarks/limit.py`). Microseconds per environment step, of grpo_rloo per completion; "
+        "(`benchmarks/limit.py`), done after each of its iterations. Microseconds per environment "
+        "step, of grpo_rloo per completion; the first two columns are of the eager run, a share is "
+        "of its own run; "
         f"median [least, greatest] of {min(len(row['rounds']) for row in rows)} rounds, each in "
         "one process on one thread. "
         f"{measured(rows)}",

@@ -25,15 +25,26 @@ def test_the_limit_replaces_the_banners_and_nothing_else():
         limit.instrument("def main():\n    run.finish(1)\n")
 
 
-def test_the_parts_of_an_iteration_are_clocked_after_the_warm_up():
-    marks, now = [], 0.0
+def test_the_parts_of_an_iteration_are_clocked_after_the_warm_up(monkeypatch):
+    """By a clock that the loop moves on, the bare work too, which is part of no part."""
+    now, work = [0.0], {"environment": 0.5, "networks": 1.5}
+
+    def bare(steps):
+        assert steps == 100
+        now[0] += 1000 * sum(work.values())  # it takes long: not of the script's own time
+        return tuple(work.values())
+
+    monkeypatch.setattr(limit.time, "perf_counter", lambda: now[0])
+    marks = limit.Marks()
+    marks.work = bare
     for iteration in range(8):
         for seconds, part in zip((4, 1, 3, 2), limit.PARTS, strict=True):
-            marks.append((part, 100 * iteration + 100 * (part > limit.PARTS[0]), now))
-            now += seconds * (100 if iteration < 2 else 1)  # it compiles
-    marks.append(("end", 800, now))
+            marks(part, 100 * iteration + 100 * (part > limit.PARTS[0]))
+            now[0] += seconds * (100 if iteration < 2 else 1)  # it compiles
+    marks("end", 800)
     expected = dict(zip(limit.PARTS, (40e3, 10e3, 30e3, 20e3), strict=True))
-    assert limit.per_step(marks) == pytest.approx(expected)
+    expected |= {"environment": 5e3, "networks": 15e3}
+    assert marks.per_step() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -80,11 +91,14 @@ def test_limit_measures_in_rounds(script, env, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "limit.json").read_text())
     assert len(row["rounds"]) == 2 and row["script"] == script
     for measured in row["rounds"]:
-        assert set(measured) == {"environment", "networks", "eager", "compiled"}
-        assert measured["networks"] > 0 and (measured["environment"] > 0) == (script == "a2c")
-        assert all(measured["eager"][part] > 0 for part in limit.PARTS)
-    first = row["rounds"][0]
-    share = 100 * (first["environment"] + first["networks"]) / sum(first["eager"].values())
+        assert set(measured) == {"eager", "compiled"}
+        for side in measured.values():
+            assert set(side) == {*limit.PARTS, *limit.BARE} and side["networks"] > 0
+            assert (side["environment"] > 0) == (script == "a2c")
+            assert all(side[part] > 0 for part in limit.PARTS)
+    first = dict(row["rounds"][0]["eager"])
+    bare = first.pop("environment") + first.pop("networks")
+    share = 100 * bare / sum(first.values())
     assert limit.shares(row, "eager")[0] == pytest.approx(share)
     table = "\n".join(limit.limit_section(limit.read_limit(tmp_path)))
     assert limit.limit_line(row) in table and limit.limit_line(row) in capsys.readouterr().out
