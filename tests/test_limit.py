@@ -34,9 +34,14 @@ def test_the_parts_of_an_iteration_are_clocked_after_the_warm_up(monkeypatch):
         now[0] += 1000 * sum(work.values())  # it takes long: not of the script's own time
         return tuple(work.values())
 
+    def cold_and_warm(steps):
+        times.append(steps)
+        return tuple(len(times) % 2 * 9 + x for x in bare(steps))
+
+    times = []
     monkeypatch.setattr(limit.time, "perf_counter", lambda: now[0])
     marks = limit.Marks()
-    marks.work = bare
+    marks.work = cold_and_warm
     for iteration in range(8):
         for seconds, part in zip((4, 1, 3, 2), limit.PARTS, strict=True):
             marks(part, 100 * iteration + 100 * (part > limit.PARTS[0]))
