@@ -298,9 +298,9 @@ def limit_section(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|", *map(limit_line, rows), "",
         "The limit: the environments replaying recorded actions, plus as many passes of the bare "
         "networks, no loss and no optimiser, as the script makes, at the same batch shapes "
-        "(`benchmarks/limit.py`), done after each of its iterations and clocked the second time, in "
-        "warm caches. Microseconds per environment step, of grpo_rloo per completion; the first two "
-        "columns are of the eager run, a share is of its own run; "
+        "(`benchmarks/limit.py`), done after each of its iterations, twice, and clocked the second "
+        "time, in warm caches. Microseconds per environment step, of grpo_rloo per completion; the "
+        "first two columns are of the eager run, a share is of its own run; "
         f"median [least, greatest] of {min(len(row['rounds']) for row in rows)} rounds, each in "
         "one process on one thread. "
         f"{measured(rows)}",
