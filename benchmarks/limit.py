@@ -62,7 +62,7 @@ class Marks:
             if self.work and steps:
                 count = step - steps[0]
                 # Twice: the first time warms the caches for it. (Cold, as the script finds them
-                # itself, it takes up to twice as long at a2c's small batches: a laxer limit.)
+                # itself, it takes some half as long again at a2c's small batches: a laxer limit.)
                 self.work(count)
                 self.bare.append((count, *self.work(count)))
         self.parts.append((part, step, ended, time.perf_counter()))
