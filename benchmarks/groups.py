@@ -123,9 +123,10 @@ def read_references() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def published(script: str, env: str, steps: int) -> dict[str, str] | None:
-    """The published result nearest to a task: same algorithm and environment of any version, then
-    the nearest number of steps, then a training return, then the same version."""
+def all_published(script: str, env: str, steps: int) -> list[dict[str, str]]:
+    """The published results of the same algorithm and environment, of any version, after at most
+    twice the steps, or the nearest if there are none: the nearest number of steps comes first, then
+    a training return, then the same version."""
     base = lambda name: re.sub(r"-v\d+$", "", name)
     algorithms = SAME_ALGORITHM.get(script, (script,))
 
@@ -137,7 +138,31 @@ def published(script: str, env: str, steps: int) -> dict[str, str] | None:
         row for row in read_references()
         if row["algorithm"] in algorithms and base(row["environment"]) == base(env) and row["steps"]
     ]
-    return min(rows, key=distance, default=None)
+    rows.sort(key=distance)
+    return [row for row in rows if int(row["steps"]) <= 2 * steps] or rows[:1]
+
+
+def published(script: str, env: str, steps: int) -> dict[str, str] | None:
+    """The first of all_published, with which scores are normalised."""
+    return next(iter(all_published(script, env, steps)), None)
+
+
+def short_of_published(groups: list[Group]) -> list[str]:
+    """A line for each algorithm whose mean is below a published one: the mean evaluation where a
+    test or an evaluation was published, else the mean training return."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for group in groups:
+        evaluation = float(np.mean([record["eval_return_mean"] for record in group.records]))
+        for row in all_published(base_script(group.label), group.env, group.steps):
+            theirs, tested = float(row["mean"]), re.search("test|evaluation", row["metric"])
+            ours = evaluation if tested else float(group.finals.mean())
+            if round(ours, 1) < round(theirs, 1):
+                words = f"{group.env} {'evaluated at' if tested else 'with a return of'} {ours:,.1f}"
+                who = f"{row['source'].split()[0]} {theirs:,.1f}"
+                found.setdefault(group.label, {}).setdefault(words, []).append(who)
+    return [f"Short of a published figure: {name} on " +
+            "; ".join(f"{words} ({', '.join(whose)})" for words, whose in tasks.items())
+            for name, tasks in found.items()]
 
 
 @dataclass(frozen=True)

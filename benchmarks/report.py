@@ -1,6 +1,7 @@
 """Results files -> report.md, report.csv, the README's section, and the pictures."""
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -15,12 +16,14 @@ from benchmarks import step_sizes
 from benchmarks.groups import (
     Group,
     Normalised,
+    all_published,
     base_script,
     earlier_texts,
     group_records,
     label_order,
     normalise,
     published,
+    short_of_published,
 )
 from benchmarks.limit import limit_section, read_limit
 from benchmarks.llm import is_llm, llm_section, plot_llm
@@ -69,26 +72,39 @@ def cell(x: float | None, digits: int = 1) -> str:
     return "" if x is None else f"{x:.{digits}f}"
 
 
+def published_cell(row: dict[str, str]) -> str:
+    mean = cell(float(row["mean"])) + (f" ± {cell(float(s))}" if (s := row["spread"]) else "")
+    seeds = f", {s} seed{'s' * (s != '1')}" if (s := row["seeds"]) else ""
+    source = row["source"].split()[0]
+    return f"{mean}: {source}, {row['environment']}, {count(row['steps'])} steps{seeds}"
+
+
+def sources(rows: list[dict[str, Any]]) -> str:
+    """Where the published figures of a table are from and what they measure."""
+    found = []
+    for row in rows:
+        script = base_script(row["algorithm"])
+        for there in all_published(script, row["environment"], row["steps"]):
+            name, *place = there["source"].split(maxsplit=1)
+            found.append(f"{name}: {' '.join(place)}, {there['metric']}")
+    return f"Published by {'. '.join(dict.fromkeys(found))}." if found else ""
+
+
 def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
     head = ("Environment", "Algorithm", "Steps", "Seeds", "Return: mean ± std",
-            "IQM [95 % interval]", "Time (s)", "Published", "Its source and metric")
+            "IQM [95 % interval]", "Evaluation", "Time (s)",
+            "Published")
     lines = ["| " + " | ".join(head) + " |", "|---|---|--:|--:|--:|--:|--:|--:|---|"]
     for row in rows:
         spread = f" ± {cell(row['std'])}" if row["std"] is not None else ""
         bounds = f" [{cell(row['iqm_low'])}, {cell(row['iqm_high'])}]" if spread else ""
-        source, there = "-", "-"
-        if row["published"]:
-            there = cell(float(row["published"]))
-            there += f" ± {cell(float(s))}" if (s := row["published_spread"]) else ""
-            seeds = f", {s} seed{'s' * (s != '1')}" if (s := row["published_seeds"]) else ""
-            source = (
-                f"{row['published_source']}: {row['published_environment']}, "
-                f"{count(row['published_steps'])} steps{seeds}; {row['published_metric']}"
-            )
+        script = base_script(row["algorithm"])
+        there = map(published_cell, all_published(script, row["environment"], row["steps"]))
         lines.append(
             f"| {row['environment']} | {row['algorithm']} | {count(row['steps'])} | {row['seeds']} "
             f"| {cell(row['mean'])}{spread} | {cell(row['iqm'])}{bounds} "
-            f"| {cell(row['wall_seconds'], 0)} | {there} | {source} |"
+            f"| {cell(row['eval_mean'])} | {cell(row['wall_seconds'], 0)} "
+            f"| {'<br>'.join(there) or '-'} |"
         )
     return lines
 
@@ -150,12 +166,15 @@ def suite_section(name: str, groups: list[Group], notes: list[str], scores: Norm
             f"Normalised scores over {', '.join(scores.envs)}; intervals: 95 % percentile "
             f"bootstrap, stratified by environment. {'; '.join(scores.notes)}.", "",
         ]
-    lines += [*markdown_table(table_rows(name, groups)), ""]
+    rows = table_rows(name, groups)
+    lines += [*markdown_table(rows), ""]
     lines += [
-        "Return: mean over the last 100 training episodes of each seed. Time: median over seeds of "
-        "the training time. " + provenance(groups), "",
+        "Return: mean over the last 100 training episodes of each seed. Evaluation: mean over the "
+        "seeds, of 10 episodes each, played without exploration. Time: median over seeds of the "
+        f"training time. {sources(rows)} {provenance(groups)}", "",
     ]
     lines += line_searches(groups)
+    notes = [*short_of_published(groups), *notes]
     if note := coverage_note(fewest):
         lines += [note, ""]
     lines += [f"- {note}" for note in notes] + [""] * bool(notes)
@@ -189,8 +208,15 @@ def faults_section(results: Path) -> list[str]:
             f"| {'; '.join(facts)} |"
         )
     cpu = measured["machine"]
+    stale = sorted({
+        script for entries in measured["parts"].values() for script, entry in entries.items()
+        if (path := ROOT / f"{script}.py").exists()
+        and entry.get("text") != hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    }, key=label_order)
+    earlier = f" Scripts that have changed since, be it by a comment: {', '.join(stale)}."
     return [
-        *lines, "", f"Measured {measured['date']} on {cpu['cpu']}, {cpu['cores']} cores.", "",
+        *lines, "", f"Measured {measured['date']} on {cpu['cpu']}, {cpu['cores']} cores."
+        + earlier * bool(stale), "",
         "```", "python -m tests.faults", "python -m benchmarks report", "```", "",
     ]
 

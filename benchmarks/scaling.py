@@ -70,8 +70,8 @@ def read_scaling(results: Path) -> list[dict[str, Any]]:
 def scaling_line(row: dict[str, Any]) -> str:
     seeds, cells = row["seeds"], [row["script"], row["env"], row["variant"]]
     cells += [spread([seed[side]["sps"] for seed in seeds], 0) for side in SIDES]
-    for key in ("seconds", "steps"):
-        cells.append(median([seed["eager"][key] for seed in seeds]))
+    for side, key in (("eager", "seconds"), ("compiled", "seconds"), ("eager", "steps")):
+        cells.append(median([seed[side][key] for seed in seeds]))
     for mode in MODES:
         rates = [seed[mode] for seed in seeds]
         cells.append("-" if None in rates else spread(rates, 0))
@@ -87,8 +87,8 @@ def scaling_section(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "### scaling", "",
         "| Script | Environment | What grows | Steps/s | with `--compile` | Seconds to the level "
-        "| Steps to it | Environments alone, steps/s | vectorised, steps/s |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|", *map(scaling_line, sorted(rows, key=order)), "",
+        "| with `--compile` | Steps to it | Environments alone, steps/s | vectorised, steps/s |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|", *map(scaling_line, sorted(rows, key=order)), "",
         f"Median [least, greatest] of {min(len(x['seeds']) for x in rows)} seeds, on one thread. "
         f"The level: a mean return of {rows[0]['level']:g} over the last 100 training episodes; "
         f"never: not within {rows[0]['steps']:,} steps. The last columns: the environments without "

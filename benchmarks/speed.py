@@ -26,7 +26,15 @@ from benchmarks.live import last_progress
 from benchmarks.peers import peer_hash, peer_settings
 from benchmarks.results import directory_lock, machine, read_scalars, write_atomically
 from benchmarks.runner import THREADS, command_line, environment
-from benchmarks.suites import BenchmarkError, Job, Task, commit_of, library_versions, script_hash
+from benchmarks.suites import (
+    ROOT,
+    BenchmarkError,
+    Job,
+    Task,
+    commit_of,
+    library_versions,
+    script_hash,
+)
 
 WARM_UP = 0.25  # share of a run's steps before the clock starts: torch.compile works in there
 FILE = "speed.json"
@@ -174,11 +182,14 @@ def facts(task: Task, job: Job, threads: int = 1) -> dict[str, Any]:
 
 
 def measured(rows: list[dict[str, Any]]) -> str:
-    """When and on what rows were measured."""
+    """When and on what rows were measured, and which of an earlier text of their script."""
     machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
     dates = sorted({row["date"] for row in rows})
     when = f"{dates[0]} to {dates[-1]}" if dates[1:] else dates[0]
-    return f"Measured {when} on {'; '.join(machines)}."
+    current = {name: script_hash(ROOT / f"{name}.py") for name in {row["script"] for row in rows}}
+    stale = sorted({x["script"] for x in rows if x["script_hash"] != current[x["script"]]})
+    earlier = f" Of an earlier text: {', '.join(stale)}." if stale else ""
+    return f"Measured {when} on {'; '.join(machines)}.{earlier}"
 
 
 def measure(task: Task, pairs: int, threads: int, work: Path, scripts: Path, say: Any):
@@ -259,9 +270,9 @@ def speed_line(row: dict[str, Any]) -> str:
     cells += [rates["eager"], rates["compiled"]]
     if "peer" in runs:
         cells += [rates["peer"], *(spread(ratios(row, x), 2) for x in ("eager", "compiled"))]
-        cells += [f"{peak['eager']}, {peak['peer']}"]
     else:
-        cells += ["-", "-", "-", peak["eager"]]
+        cells += ["-", "-", "-"]
+    cells += [", ".join(peak.values())]
     cells += [f"{cold:.0f}, {statistics.median(warm):.0f}" if warm else f"{cold:.0f}, -"]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -271,7 +282,7 @@ def speed_section(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "### speed", "",
         "| Script | Environment | Threads | Pairs | Steps/s | with `--compile` | SB3's steps/s "
-        "| **ratio** | **compiled** | Peak MiB: ours, SB3 "
+        "| **ratio** | **compiled** | Peak MiB: eager, compiled, SB3 "
         "| First point, compiled: cold, warm (s) |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]

@@ -395,7 +395,9 @@ def test_report_counts_every_seed_and_names_the_missing(classic, capsys):
     assert f"| 10 | {finals.mean():.1f} ± {np.std(finals, ddof=1):.1f} |" in text
     assert f"{scipy_stats.trim_mean(finals, 0.25):.1f} [" in text
     row = next(line for line in text.splitlines() if line.startswith("| Acrobot-v1 | sb3-ppo"))
-    assert "| 9 |" in row and "-86.4 ± 1.3 | cleanrl" in row
+    assert "| 9 |" in row and "-86.4 ± 1.3: cleanrl, Acrobot-v1, 500,000 steps, 3 seeds" in row
+    assert f"] | {np.mean([r['eval_return_mean'] for r in records]):.1f} | " in text
+    assert "- Short of a published figure: " in text
     assert "With 9 seeds a 95 % bootstrap interval covers less" in text
 
 
@@ -471,6 +473,41 @@ def test_published_results_are_the_nearest():
     row = groups.published("ppo_continuous", "HalfCheetah-v5", 1_000_000)
     assert row and (row["environment"], row["mean"]) == ("HalfCheetah-v4", "1442.64")
     assert groups.published("grpo_rloo", "CartPole-v1", 1000) is None
+
+
+def test_all_comparable_published_results_are_shown():
+    """Those after at most twice the steps; where all took longer, the nearest of them."""
+    found = groups.all_published("ppo_continuous", "HalfCheetah-v5", 1_000_000)
+    means = ["1442.64", "5783.9", "5819.099"]
+    assert [row["mean"] for row in found] == means
+    found = groups.all_published("ppo_continuous", "HalfCheetah-v5", 1_500_000)
+    assert [row["mean"] for row in found] == [*means, "7337.4"]
+    found = groups.all_published("reinforce", "Walker2d-v5", 1_000_000)
+    assert [(row["mean"], row["steps"]) for row in found] == [("412.0", "3000000")]
+    assert groups.all_published("grpo_rloo", "CartPole-v1", 1000) == []
+    (row,) = report.table_rows("x", [groups.Group("Walker2d-v5", "reinforce", [make_record()])])
+    text = report.markdown_table([row])[-1]
+    assert text.endswith("| 412.0 ± 52.4: tianshou, Walker2d-v3, 3,000,000 steps, 10 seeds |")
+    assert "Published by tianshou: examples/mujoco/README.md, max of mean" in report.sources([row])
+
+
+def test_what_falls_short_is_named_metric_by_metric():
+    """A published test is held against the evaluations, a training return against the returns."""
+    def short(final, evaluation, name="ppo_continuous"):
+        records = [make_record(final=final - 1, eval_return_mean=evaluation + 1),
+                   make_record(final=final + 1, eval_return_mean=evaluation - 1)]
+        return groups.short_of_published([groups.Group("HalfCheetah-v5", name, records)])
+
+    assert short(1442.7, 5819.1) == []
+    assert short(1442.5, 5819.1) == [
+        "Short of a published figure: ppo_continuous on HalfCheetah-v5 with a return of 1,442.5 "
+        "(cleanrl 1,442.6)"]
+    assert short(9000, 5000, "sb3-ppo_continuous") == [
+        "Short of a published figure: sb3-ppo_continuous on HalfCheetah-v5 evaluated at 5,000.0 "
+        "(tianshou 5,783.9, rl-baselines3-zoo 5,819.1)"]
+    assert short(9000, 5800) == [
+        "Short of a published figure: ppo_continuous on HalfCheetah-v5 evaluated at 5,800.0 "
+        "(rl-baselines3-zoo 5,819.1)"]
 
 
 def test_committed_report_is_that_of_the_results(capsys):
@@ -691,8 +728,8 @@ def test_ratios_are_taken_within_pairs(monkeypatch, tmp_path):
         assert threads == 3 and set(jobs) == set(rates)
         assert [bool(job.task.peer) for job in jobs.values()] == [False, False, True]
         seeds.append({job.seed for job in jobs.values()})
-        facts = {"first_point_seconds": 1, "peak_mib": 100}
-        return {name: {"sps": rates[name].pop(0), **facts} for name in jobs}
+        return {name: {"sps": rates[name].pop(0), "first_point_seconds": 1, "peak_mib": 100 * i}
+                for i, name in enumerate(jobs, 1)}
 
     monkeypatch.setattr(speed, "run_in_turns", run_in_turns)
     speed.speed([suites.Task("ppo", "CartPole-v1", 1000)], 2, 3, tmp_path, tmp_path, ROOT)
@@ -701,7 +738,7 @@ def test_ratios_are_taken_within_pairs(monkeypatch, tmp_path):
     assert speed.ratios(row, "eager") == [3, 3] and speed.ratios(row, "compiled") == [4, 4]
     text = "\n".join(speed.speed_section([row]))
     assert "| ppo | CartPole-v1 | 3 | 2 | 165 [30, 300] | 220 [40, 400] | 55 [10, 100] " in text
-    assert "| 3.00 [3.00, 3.00] | 4.00 [4.00, 4.00] | 100, 100 | 1, 1 |" in text
+    assert "| 3.00 [3.00, 3.00] | 4.00 [4.00, 4.00] | 100, 200, 300 | 1, 1 |" in text
     assert "python -m benchmarks speed --threads 3" in text
 
 

@@ -3,6 +3,7 @@ purpose, and the campaign must notice."""
 
 import dataclasses
 import importlib
+import hashlib
 import json
 import random
 import shutil
@@ -242,6 +243,13 @@ def test_the_table_counts_what_survived(tmp_path):
     assert lines[4].endswith("| 2 | 10 | 8 | kills: 12 |")
     assert lines[5].endswith("| 2 | 2 | 2 | bytes: at most 9 |")
     assert not report.faults_section(tmp_path / "elsewhere")
+    for name, entry in kills.items():  # that each ran with a text of its own
+        text = (faults.ROOT / f"{name}.py").read_bytes()
+        parts["kills"][name] = entry | {"text": hashlib.sha256(text).hexdigest()[:12]}
+    parts["leaks"]["ppo"]["text"] = parts["kills"]["ppo"]["text"]
+    parts["leaks"]["a2c"]["text"] = "another"
+    (tmp_path / "faults.json").write_text(json.dumps(results))
+    assert "changed since, be it by a comment: a2c." in "\n".join(report.faults_section(tmp_path))
 
 
 @pytest.mark.long

@@ -105,6 +105,10 @@ def test_limit_measures_in_rounds(script, env, tmp_path, capsys):
     bare = first.pop("environment") + first.pop("networks")
     share = 100 * bare / sum(first.values())
     assert limit.shares(row, "eager")[0] == pytest.approx(share)
+    eager, compiled = ([sum(x[side][part] for x in row["rounds"]) for part in limit.PARTS]
+                       for side in ("eager", "compiled"))
+    percent = lambda parts: ", ".join(f"{100 * x / sum(parts):.0f}" for x in parts)
+    assert limit.limit_line(row).endswith(f" | {percent(eager)} | {percent(compiled)} |")
     table = "\n".join(limit.limit_section(limit.read_limit(tmp_path)))
     assert limit.limit_line(row) in table and limit.limit_line(row) in capsys.readouterr().out
     assert limit.limit_section([]) == []

@@ -10,12 +10,14 @@ from benchmarks.__main__ import main
 
 def fake_row(num_envs, width, *seconds):
     side = lambda x: {"sps": 100.0 * num_envs, "seconds": x, "steps": x and int(x) * 1000}
+    half = lambda x: side(x) | {"seconds": x and x / 2}
     flags = {"num_envs": num_envs} | ({"hidden_size": width} if width else {})
     return {
         "script": "ppo", "env": "CartPole-v1", "steps": 9000, "variant": f"{num_envs} by {width}",
         "flags": flags, "level": 475.0, "date": "2026-01-02", "machine": {"cpu": "X", "cores": 2},
+        "script_hash": "of an earlier text",
         "seeds": [
-            {"eager": side(x), "compiled": side(x), "sync": 5.0, "vector_entry_point": None}
+            {"eager": side(x), "compiled": half(x), "sync": 5.0, "vector_entry_point": None}
             for x in seconds
         ],
     }
@@ -25,9 +27,18 @@ def test_the_table_goes_from_few_to_many_and_leaves_no_run_out():
     rows = [fake_row(4, 256, 3.0), fake_row(16, 0, None, None, 7.0), fake_row(2, 0, 4.0, 5.0)]
     lines = [x for x in scaling.scaling_section(rows) if x.startswith("| ppo")]
     assert [line.split(" | ")[2] for line in lines] == ["2 by 0", "16 by 0", "4 by 256"]
-    assert "| 200 [200, 200] | 200 [200, 200] | 4 [4, 5] | 4,500 [4,000, 5,000] | 5 [5" in lines[0]
-    assert "| never [7, never] | never [7,000, never] |" in lines[1]
+    assert "| 200 [200, 200] | 200 [200, 200] | 4 [4, 5] | 2 [2, 2] | 4,500 [4,000, 5,000] | 5 [5" in (
+        lines[0])
+    assert "| never [7, never] | never [4, never] | never [7,000, never] |" in lines[1]
     assert lines[0].endswith("| - |") and scaling.scaling_section([]) == []
+
+
+def test_rows_of_an_earlier_text_are_named():
+    rows = [fake_row(4, 0, 3.0), fake_row(8, 0, 3.0)]
+    assert speed.measured(rows).endswith("X, 2 cores. Of an earlier text: ppo.")
+    for row in rows:
+        row["script_hash"] = suites.script_hash(suites.ROOT / "ppo.py")
+    assert speed.measured(rows).endswith("X, 2 cores.")
 
 
 @pytest.mark.parametrize("mode", scaling.MODES)
