@@ -157,7 +157,8 @@ def short_of_published(groups: list[Group]) -> list[str]:
             theirs, tested = float(row["mean"]), re.search("test|evaluation", row["metric"])
             ours = evaluation if tested else float(group.finals.mean())
             if round(ours, 1) < round(theirs, 1):
-                words = f"{group.env} {'evaluated at' if tested else 'with a return of'} {ours:,.1f}"
+                how = "evaluated at" if tested else "with a return of"
+                words = f"{group.env} {how} {ours:,.1f}"
                 who = f"{row['source'].split()[0]} {theirs:,.1f}"
                 found.setdefault(group.label, {}).setdefault(words, []).append(who)
     return [f"Short of a published figure: {name} on " +

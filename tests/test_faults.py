@@ -2,8 +2,8 @@
 purpose, and the campaign must notice."""
 
 import dataclasses
-import importlib
 import hashlib
+import importlib
 import json
 import random
 import shutil

@@ -27,8 +27,8 @@ def test_the_table_goes_from_few_to_many_and_leaves_no_run_out():
     rows = [fake_row(4, 256, 3.0), fake_row(16, 0, None, None, 7.0), fake_row(2, 0, 4.0, 5.0)]
     lines = [x for x in scaling.scaling_section(rows) if x.startswith("| ppo")]
     assert [line.split(" | ")[2] for line in lines] == ["2 by 0", "16 by 0", "4 by 256"]
-    assert "| 200 [200, 200] | 200 [200, 200] | 4 [4, 5] | 2 [2, 2] | 4,500 [4,000, 5,000] | 5 [5" in (
-        lines[0])
+    assert "| 200 [200, 200] | 200 [200, 200] | 4 [4, 5] | 2 [2, 2] | 4,500 [" in lines[0]
+    assert "[4,000, 5,000] | 5 [5" in lines[0]
     assert "| never [7, never] | never [4, never] | never [7,000, never] |" in lines[1]
     assert lines[0].endswith("| - |") and scaling.scaling_section([]) == []
 
