@@ -742,6 +742,20 @@ def test_ratios_are_taken_within_pairs(monkeypatch, tmp_path):
     assert "python -m benchmarks speed --threads 3" in text
 
 
+def test_speed_below_its_target_is_named():
+    row = {"script": "ppo_continuous", "variant": "v", "env": "E", "threads": 1, "runs": {
+        "eager": [{"sps": x} for x in (21, 22, 90)], "compiled": [{"sps": 26}] * 3,
+        "peer": [{"sps": 10}] * 3}}
+    assert speed.short_of_targets([row]) == []
+    row["runs"]["eager"][1]["sps"] = 21.9
+    assert speed.short_of_targets([row, row | {"threads": 2}]) == [
+        "- Short of its target: ppo_continuous (v) on E, eager 2.19 times the peer, not 2.2"]
+    row["runs"]["compiled"] = [{"sps": 1}] * 3
+    assert "2.2, compiled 0.10 times the peer, not 2.6" in speed.short_of_targets([row])[0]
+    del row["runs"]["peer"]
+    assert speed.short_of_targets([row]) == []
+
+
 def test_only_the_first_compiled_run_is_a_cold_one(monkeypatch, tmp_path):
     """The next ones find its cache, although their directories are made anew; all have the
     threads that were asked for."""

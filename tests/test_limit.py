@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import limit
@@ -109,6 +110,11 @@ def test_limit_measures_in_rounds(script, env, tmp_path, capsys):
                        for side in ("eager", "compiled"))
     percent = lambda parts: ", ".join(f"{100 * x / sum(parts):.0f}" for x in parts)
     assert limit.limit_line(row).endswith(f" | {percent(eager)} | {percent(compiled)} |")
+    short = limit.short_of_targets([row])
+    for side, wanted in limit.TARGETS.items():
+        share = np.median(limit.shares(row, side))
+        assert (f"{side} {share:.1f} % of the limit, not {wanted}" in "".join(short)) is (
+            round(share, 1) < wanted)
     table = "\n".join(limit.limit_section(limit.read_limit(tmp_path)))
     assert limit.limit_line(row) in table and limit.limit_line(row) in capsys.readouterr().out
     assert limit.limit_section([]) == []
