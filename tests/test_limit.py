@@ -114,7 +114,7 @@ def test_limit_measures_in_rounds(script, env, tmp_path, capsys):
     for side, wanted in limit.TARGETS.items():
         share = np.median(limit.shares(row, side))
         assert (f"{side} {share:.1f} % of the limit, not {wanted}" in "".join(short)) is (
-            round(share, 1) < wanted)
+            bool(round(share, 1) < wanted))
     table = "\n".join(limit.limit_section(limit.read_limit(tmp_path)))
     assert limit.limit_line(row) in table and limit.limit_line(row) in capsys.readouterr().out
     assert limit.limit_section([]) == []
