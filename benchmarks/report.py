@@ -27,6 +27,7 @@ from benchmarks.groups import (
 )
 from benchmarks.limit import limit_section, read_limit
 from benchmarks.llm import is_llm, llm_section, plot_llm
+from benchmarks.prose import NOTE, TEMPLATE, fill
 from benchmarks.results import RESULTS, read_random, read_results, write_atomically
 from benchmarks.sampling import sampling_section
 from benchmarks.scaling import read_scaling, scaling_section
@@ -306,7 +307,11 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         if BEGIN not in text or END not in text:
             raise BenchmarkError(f"{readme} has no {BEGIN} and {END} for the results to go between")
         found = {name: groups for name, groups, *_ in todo + llms}
-        section = "\n".join(["", *sections["benchmarks/results/"]])
+        lines = ["", *sections["benchmarks/results/"]]
+        if results.resolve() == RESULTS:
+            prose = fill(TEMPLATE.read_text(), found, results)
+            lines = [NOTE, "", *prose.splitlines(), "", "### The tables", *lines]
+        section = "\n".join(lines)
         texts[readme] = replace_section(fill_table(text, found), section)
     if check:
         stale = [p for p, text in texts.items() if not p.exists() or p.read_text() != text]

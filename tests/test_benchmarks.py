@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -22,9 +23,11 @@ import grpo_rloo
 from benchmarks import (
     compare,
     groups,
+    limit,
     llm,
     peers,
     plots,
+    prose,
     report,
     results,
     runner,
@@ -508,6 +511,34 @@ def test_what_falls_short_is_named_metric_by_metric():
     assert short(9000, 5800) == [
         "Short of a published figure: ppo_continuous on HalfCheetah-v5 evaluated at 5,800.0 "
         "(rl-baselines3-zoo 5,819.1)"]
+
+
+def test_the_sentences_are_filled_from_the_results(tmp_path, monkeypatch):
+    records = [make_record(seed=s, final=-1000.4 - 2 * s, eval_return_mean=7.0 + s) for s in (1, 3)]
+    suites_ = {"x": groups.group_records(records, None)[0]}
+    prose_of = lambda text: prose.fill(text, suites_, tmp_path)
+    group = "{x|CartPole-v1|ppo|%s}"
+    assert prose_of(group % "return" + " of " + group % "seeds" + " seeds") == "-1,004 of two seeds"
+    assert prose_of(group % "least:2" + ", " + group % "greatest:1") == "-1,006.40, -1,002.4"
+    assert prose_of(group % "evaluation" + "\nand\n\n- as\n  it is\n") == "9 and\n\n- as\n  it is"
+    row = {"script": "a2c", "env": "E", "variant": "v", "threads": 1}
+    sides = lambda eager, peer: {"eager": [eager], "compiled": [eager], "peer": [peer]}
+    part = {name: 1.0 for name in (*limit.PARTS, *limit.BARE)}
+    for name, more in (
+        ("speed", {"runs": sides({"sps": 25.0}, {"sps": 10.0})}),
+        ("limit", {"rounds": [{"eager": part | {"networks": 1.4}}]}),
+        ("threshold", {"runs": sides({"seconds": 4.0}, {"seconds": 5.0})}),
+        ("scaling", {"seeds": [{"eager": {"sps": 12345.0}}]}),
+    ):
+        rows = [row | more, row | more | {"threads": 2}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = prose_of("{speed|a2c|v|eager:2} {limit|a2c|v|eager} {threshold|a2c|v|peer} "
+                     "{scaling|a2c|v|eager}")
+    assert found == "2.50 60 5 12,345"
+    for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{speed|a2c||eager}",
+                  "{x|CartPole-v1|ppo|mean}", "{x}"):
+        with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
+            prose_of(wrong)
 
 
 def test_committed_report_is_that_of_the_results(capsys):

@@ -1,0 +1,83 @@
+"""The sentences on the results: prose.md, whose figures are fields, filled from the results files.
+
+A field stands in braces, its words apart by bars, and gives a whole number or, with :2 at its end,
+one of two decimals:
+
+    {mujoco|Hopper-v5|trpo|return}    mean over the seeds; also: evaluation, least and greatest
+                                      return, and seeds, their number in words
+    {speed|ppo_continuous|1 x 2048|eager:2}   median ratio to the peer; also: compiled
+    {limit|a2c||compiled}             median share of the limit, in percent; also: eager
+    {threshold|ppo||eager}            median seconds; also: compiled, peer
+    {scaling|ppo|4 environments|eager}    median steps per second; also: compiled
+"""
+
+import re
+import statistics
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import limit, scaling, speed, threshold
+from benchmarks.groups import Group
+from benchmarks.suites import BenchmarkError
+
+TEMPLATE = Path(__file__).resolve().parent / "prose.md"
+WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NOTE = "<!-- benchmarks/prose.md, with its figures filled in by python -m benchmarks report -->"
+
+
+def of_group(group: Group, what: str) -> float | str:
+    if what == "seeds":
+        return WORDS[n] if (n := len(group.records)) < len(WORDS) else str(n)
+    evaluations = [record["eval_return_mean"] for record in group.records]
+    return {"return": group.finals.mean(), "evaluation": np.mean(evaluations),
+            "least": group.finals.min(), "greatest": group.finals.max()}[what]
+
+
+def of_row(kind: str, row: dict[str, Any], side: str) -> float:
+    if kind == "speed":
+        return statistics.median(speed.ratios(row, side))
+    if kind == "limit":
+        return statistics.median(limit.shares(row, side))
+    if kind == "threshold":
+        return statistics.median([run["seconds"] for run in row["runs"][side]])
+    return statistics.median([seed[side]["sps"] for seed in row["seeds"]])
+
+
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "speed": speed.read_speed, "limit": limit.read_limit, "threshold": threshold.read_threshold,
+    "scaling": scaling.read_scaling,
+}
+
+
+def lookup(words: list[str], suites: dict[str, list[Group]], results: Path) -> float | str:
+    kind, first, second, what = words
+    if kind in READERS:
+        (row,) = [row for row in READERS[kind](results)
+                  if (row["script"], row["variant"], row.get("threads", 1)) == (first, second, 1)]
+        return of_row(kind, row, what)
+    (group,) = [group for group in suites[kind] if (group.env, group.label) == (first, second)]
+    return of_group(group, what)
+
+
+def fill(template: str, suites: dict[str, list[Group]], results: Path) -> str:
+    """The template with its fields replaced; one that names no result is an error."""
+    def value(field: re.Match) -> str:
+        words, _, digits = field[1].partition(":")
+        try:
+            found = lookup(words.split("|"), suites, results)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BenchmarkError(f"{TEMPLATE.name}: no result for {field[0]}: {error!r}") from None
+        return found if isinstance(found, str) else f"{found:,.{int(digits or 0)}f}"
+
+    return wrapped(re.sub(r"\{([^{}]+)\}", value, template))
+
+
+def wrapped(text: str) -> str:
+    """The same with the lines of its plain paragraphs filled up again."""
+    fill_up = lambda x: textwrap.fill(x, 110, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(x if x.startswith(("#", "|", "-", "```")) else fill_up(x)
+                       for x in text.strip().split("\n\n"))
