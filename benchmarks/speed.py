@@ -318,7 +318,7 @@ def speed_section(rows: list[dict[str, Any]]) -> list[str]:
         f"{measured(rows)}",
         "", *(short := short_of_targets(rows)), *[""] * bool(short), "```",
         "python -m benchmarks speed",
-        *(f"python -m benchmarks speed --threads {n}" for n in more),
+        *(f"python -m benchmarks speed threads --threads {n}" for n in more),
         "python -m benchmarks report", "```", "",
     ]
     return lines

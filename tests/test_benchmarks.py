@@ -770,7 +770,12 @@ def test_ratios_are_taken_within_pairs(monkeypatch, tmp_path):
     text = "\n".join(speed.speed_section([row]))
     assert "| ppo | CartPole-v1 | 3 | 2 | 165 [30, 300] | 220 [40, 400] | 55 [10, 100] " in text
     assert "| 3.00 [3.00, 3.00] | 4.00 [4.00, 4.00] | 100, 200, 300 | 1, 1 |" in text
-    assert "python -m benchmarks speed --threads 3" in text
+    assert "python -m benchmarks speed threads --threads 3" in text
+
+
+def test_the_tasks_with_more_threads_are_those_with_one():
+    speed_, threads = suites.load_suite("speed").tasks, suites.load_suite("threads").tasks
+    assert threads and all(task in speed_ for task in threads)
 
 
 def test_speed_below_its_target_is_named():
