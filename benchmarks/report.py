@@ -122,8 +122,10 @@ def provenance(groups: list[Group]) -> str:
         for package, version in record["versions"].items():
             versions.setdefault(package, set()).add(version)
     packages = ", ".join(f"{x} {' and '.join(sorted(v))}" for x, v in sorted(versions.items()))
+    apart = " Times on different machines, or beside other runs, do not compare."
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"Measured {when} on {'; '.join(sorted(machines))}. {packages}."
+    return (f"Measured {when} on {'; '.join(sorted(machines))}.{apart * (len(machines) > 1)} "
+            f"{packages}.")
 
 
 def line_searches(groups: list[Group]) -> list[str]:
