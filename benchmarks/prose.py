@@ -8,7 +8,8 @@ one of two decimals:
     {speed|ppo_continuous|1 x 2048|eager:2}   median ratio to the peer; also: compiled
     {limit|a2c||compiled}             median share of the limit, in percent; also: eager
     {threshold|ppo||eager}            median seconds; also: compiled, peer
-    {scaling|ppo|4 environments|eager}    median steps per second; also: compiled
+    {scaling|ppo|4 environments|eager}    median steps per second; also: compiled, and sync, of the
+                                      environments alone
 """
 
 import re
@@ -44,7 +45,8 @@ def of_row(kind: str, row: dict[str, Any], side: str) -> float:
         return statistics.median(limit.shares(row, side))
     if kind == "threshold":
         return statistics.median([run["seconds"] for run in row["runs"][side]])
-    return statistics.median([seed[side]["sps"] for seed in row["seeds"]])
+    found = [seed[side] for seed in row["seeds"]]
+    return statistics.median([x if side == "sync" else x["sps"] for x in found])
 
 
 READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {

@@ -528,13 +528,13 @@ def test_the_sentences_are_filled_from_the_results(tmp_path, monkeypatch):
         ("speed", {"runs": sides({"sps": 25.0}, {"sps": 10.0})}),
         ("limit", {"rounds": [{"eager": part | {"networks": 1.4}}]}),
         ("threshold", {"runs": sides({"seconds": 4.0}, {"seconds": 5.0})}),
-        ("scaling", {"seeds": [{"eager": {"sps": 12345.0}}]}),
+        ("scaling", {"seeds": [{"eager": {"sps": 12345.0}, "sync": 67.0}]}),
     ):
         rows = [row | more, row | more | {"threads": 2}]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     found = prose_of("{speed|a2c|v|eager:2} {limit|a2c|v|eager} {threshold|a2c|v|peer} "
-                     "{scaling|a2c|v|eager}")
-    assert found == "2.50 60 5 12,345"
+                     "{scaling|a2c|v|eager} {scaling|a2c|v|sync}")
+    assert found == "2.50 60 5 12,345 67"
     for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{speed|a2c||eager}",
                   "{x|CartPole-v1|ppo|mean}", "{x}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
