@@ -15,7 +15,10 @@ from benchmarks.suites import Suite, script_hash
 
 SCRIPTS = ("reinforce", "a2c", "npg", "trpo", "ppo", "ppo_continuous", "grpo_rloo")
 REFERENCES = Path(__file__).resolve().parent / "references.csv"
-SAME_ALGORITHM = {"ppo_continuous": ("ppo_continuous", "ppo")}
+SAME_ALGORITHM = {
+    "ppo_continuous": ("ppo_continuous", "ppo", "ppo (all code-level details)"),
+    "trpo": ("trpo", "trpo+ (with details)"),
+}
 
 
 def base_script(name: str) -> str:
@@ -125,21 +128,21 @@ def read_references() -> list[dict[str, str]]:
 
 def all_published(script: str, env: str, steps: int) -> list[dict[str, str]]:
     """The published results of the same algorithm and environment, of any version, after at most
-    twice the steps, or the nearest if there are none: the nearest number of steps comes first, then
-    a training return, then the same version."""
+    twice the steps or without saying how many; the nearest if there are none. The nearest number of
+    steps comes first, then a training return, then the same version."""
     base = lambda name: re.sub(r"-v\d+$", "", name)
     algorithms = SAME_ALGORITHM.get(script, (script,))
 
     def distance(row: dict[str, str]) -> tuple:
-        far = abs(math.log(int(row["steps"]) / steps))
+        far = abs(math.log(int(row["steps"]) / steps)) if row["steps"] else math.inf
         return round(far, 1), "training" not in row["metric"], row["environment"] != env
 
     rows = [
         row for row in read_references()
-        if row["algorithm"] in algorithms and base(row["environment"]) == base(env) and row["steps"]
+        if row["algorithm"] in algorithms and base(row["environment"]) == base(env)
     ]
     rows.sort(key=distance)
-    return [row for row in rows if int(row["steps"]) <= 2 * steps] or rows[:1]
+    return [row for row in rows if int(row["steps"] or 0) <= 2 * steps] or rows[:1]
 
 
 def published(script: str, env: str, steps: int) -> dict[str, str] | None:
@@ -156,7 +159,8 @@ def short_of_published(groups: list[Group]) -> list[str]:
         for row in all_published(base_script(group.label), group.env, group.steps):
             theirs, tested = float(row["mean"]), re.search("test|evaluation", row["metric"])
             ours = evaluation if tested else float(group.finals.mean())
-            if round(ours, 1) < round(theirs, 1):
+            comparable = int(row["steps"] or 0) <= 2 * group.steps
+            if comparable and not round(ours, 1) >= round(theirs, 1):  # nor is NaN
                 how = "evaluated at" if tested else "with a return of"
                 words = f"{group.env} {how} {ours:,.1f}"
                 who = f"{row['source'].split()[0]} {theirs:,.1f}"

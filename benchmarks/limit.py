@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.runner import command_line, environment
-from benchmarks.speed import WARM_UP, facts, keep_row, measured, read_rows, spread
+from benchmarks.speed import WARM_UP, facts, keep_row, measured, read_rows, row_name, spread
 from benchmarks.suites import ROOT, BenchmarkError, Job, Task, commit_of, library_versions
 from benchmarks.suites import script_hash as hash_of
 
@@ -284,14 +284,14 @@ def short_of_targets(rows: list[dict[str, Any]]) -> list[str]:
         found = {side: round(statistics.median(shares(row, side)), 1) for side in TARGETS}
         short = [f"{side} {found[side]:.1f} % of the limit, not {wanted}"
                  for side, wanted in TARGETS.items() if found[side] < wanted]
-        name = row["script"] + f" ({row['variant']})" * bool(row["variant"])
         if short:
-            lines.append(f"- Short of its target: {name} on {row['env']}, {', '.join(short)}")
+            name = f"{row_name(row)} on {row['env']}"
+            lines.append(f"- Short of its target: {name}, {', '.join(short)}")
     return lines
 
 
 def limit_line(row: dict[str, Any]) -> str:
-    rounds, name = row["rounds"], row["script"] + f" ({row['variant']})" * bool(row["variant"])
+    rounds, name = row["rounds"], row_name(row)
     eager = [x["eager"] for x in rounds]
     cells = [name, row["env"], *(spread([x[part] for x in eager], 1) for part in BARE)]
     profiles = []

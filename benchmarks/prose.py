@@ -1,17 +1,20 @@
 """The sentences on the results: prose.md, whose figures are fields, filled from the results files.
 
-A field stands in braces, its words apart by bars, and gives a whole number or, with :2 at its end,
-one of two decimals:
+(Figures that are not measured here, such as published ones, and those of comparisons that a command
+makes, are plain text there.) A field stands in braces, its words apart by bars, and gives a whole
+number or, with :2 at its end, one of two decimals:
 
     {mujoco|Hopper-v5|trpo|return}    mean over the seeds; also: evaluation, least and greatest
-                                      return, and seeds, their number in words
-    {speed|ppo_continuous|1 x 2048|eager:2}   median ratio to the peer; also: compiled
-    {limit|a2c||compiled}             median share of the limit, in percent; also: eager
-    {threshold|ppo||eager}            median seconds; also: compiled, peer
-    {scaling|ppo|4 environments|eager}    median steps per second; also: compiled, and sync, of the
-                                      environments alone
+                                      return, seeds (their number in words), and of grpo_rloo
+                                      accuracy and, of a single seed, worst (both in percent)
+    {speed|ppo_continuous|HalfCheetah-v5|1 x 2048|eager:2}    median ratio to the peer; or compiled
+    {limit|a2c|CartPole-v1||compiled} median share of the limit, in percent; or eager
+    {threshold|ppo|CartPole-v1||eager}    median seconds; or compiled, peer
+    {scaling|ppo|CartPole-v1|4 environments|eager}    median steps per second; or compiled, or sync,
+                                      of the environments alone
 """
 
+import math
 import re
 import statistics
 import textwrap
@@ -33,8 +36,10 @@ NOTE = "<!-- benchmarks/prose.md, with its figures filled in by python -m benchm
 def of_group(group: Group, what: str) -> float | str:
     if what == "seeds":
         return WORDS[n] if (n := len(group.records)) < len(WORDS) else str(n)
-    evaluations = [record["eval_return_mean"] for record in group.records]
-    return {"return": group.finals.mean(), "evaluation": np.mean(evaluations),
+    evaluations = np.array([record["eval_return_mean"] for record in group.records])
+    if what in ("accuracy", "worst"):
+        return 100 * float(evaluations.mean() if what == "accuracy" else evaluations.min())
+    return {"return": group.finals.mean(), "evaluation": evaluations.mean(),
             "least": group.finals.min(), "greatest": group.finals.max()}[what]
 
 
@@ -43,8 +48,9 @@ def of_row(kind: str, row: dict[str, Any], side: str) -> float:
         return statistics.median(speed.ratios(row, side))
     if kind == "limit":
         return statistics.median(limit.shares(row, side))
-    if kind == "threshold":
-        return statistics.median([run["seconds"] for run in row["runs"][side]])
+    if kind == "threshold":  # a run that never got there took longer than any that did
+        seconds = [run["seconds"] for run in row["runs"][side]]
+        return statistics.median(math.inf if x is None else x for x in seconds)
     found = [seed[side] for seed in row["seeds"]]
     return statistics.median([x if side == "sync" else x["sps"] for x in found])
 
@@ -56,12 +62,14 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 
 
 def lookup(words: list[str], suites: dict[str, list[Group]], results: Path) -> float | str:
-    kind, first, second, what = words
+    kind, *names, what = words
     if kind in READERS:
+        script, env, variant = names
         (row,) = [row for row in READERS[kind](results)
-                  if (row["script"], row["variant"], row.get("threads", 1)) == (first, second, 1)]
+                  if speed.row_key(row) == (script, env, variant, 1)]
         return of_row(kind, row, what)
-    (group,) = [group for group in suites[kind] if (group.env, group.label) == (first, second)]
+    env, label = names
+    (group,) = [group for group in suites[kind] if (group.env, group.label) == (env, label)]
     return of_group(group, what)
 
 
@@ -71,15 +79,18 @@ def fill(template: str, suites: dict[str, list[Group]], results: Path) -> str:
         words, _, digits = field[1].partition(":")
         try:
             found = lookup(words.split("|"), suites, results)
+            if isinstance(found, str):
+                return found
+            return "never" if found == math.inf else f"{found:,.{int(digits or 0)}f}"
         except (KeyError, TypeError, ValueError) as error:
             raise BenchmarkError(f"{TEMPLATE.name}: no result for {field[0]}: {error!r}") from None
-        return found if isinstance(found, str) else f"{found:,.{int(digits or 0)}f}"
 
     return wrapped(re.sub(r"\{([^{}]+)\}", value, template))
 
 
 def wrapped(text: str) -> str:
-    """The same with the lines of its plain paragraphs filled up again."""
+    """The same with the lines of its plain paragraphs filled up again: a block with a line that
+    begins as a heading, a table or a list does stays as it is."""
+    plain = lambda x: not re.search(r"^([#|>`-]|\d+\.)", x, re.MULTILINE)
     fill_up = lambda x: textwrap.fill(x, 110, break_long_words=False, break_on_hyphens=False)
-    return "\n\n".join(x if x.startswith(("#", "|", "-", "```")) else fill_up(x)
-                       for x in text.strip().split("\n\n"))
+    return "\n\n".join(fill_up(x) if plain(x) else x for x in text.strip().split("\n\n"))

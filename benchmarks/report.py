@@ -1,7 +1,6 @@
 """Results files -> report.md, report.csv, the README's section, and the pictures."""
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -33,7 +32,7 @@ from benchmarks.sampling import sampling_section
 from benchmarks.scaling import read_scaling, scaling_section
 from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
-from benchmarks.suites import ROOT, BenchmarkError, load_suite
+from benchmarks.suites import ROOT, BenchmarkError, code_hash, load_suite
 from benchmarks.threshold import read_threshold, threshold_section
 
 SHOWN = (("classic", "CartPole-v1"), ("mujoco", "HalfCheetah-v5"))  # in the README's first table
@@ -76,8 +75,8 @@ def cell(x: float | None, digits: int = 1) -> str:
 def published_cell(row: dict[str, str]) -> str:
     mean = cell(float(row["mean"])) + (f" ± {cell(float(s))}" if (s := row["spread"]) else "")
     seeds = f", {s} seed{'s' * (s != '1')}" if (s := row["seeds"]) else ""
-    source = row["source"].split()[0]
-    return f"{mean}: {source}, {row['environment']}, {count(row['steps'])} steps{seeds}"
+    steps = f", {count(row['steps'])} steps" if row["steps"] else ""
+    return f"{mean}: {row['source'].split()[0]}, {row['environment']}{steps}{seeds}"
 
 
 def sources(rows: list[dict[str, Any]]) -> str:
@@ -88,7 +87,7 @@ def sources(rows: list[dict[str, Any]]) -> str:
         for there in all_published(script, row["environment"], row["steps"]):
             name, *place = there["source"].split(maxsplit=1)
             found.append(f"{name}: {' '.join(place)}, {there['metric']}")
-    return f"Published by {'. '.join(dict.fromkeys(found))}." if found else ""
+    return f" Published by {'. '.join(dict.fromkeys(found))}." if found else ""
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -174,7 +173,7 @@ def suite_section(name: str, groups: list[Group], notes: list[str], scores: Norm
     lines += [
         "Return: mean over the last 100 training episodes of each seed. Evaluation: mean over the "
         "seeds, of 10 episodes each, played without exploration. Time: median over seeds of the "
-        f"training time. {sources(rows)} {provenance(groups)}", "",
+        f"training time.{sources(rows)} {provenance(groups)}", "",
     ]
     lines += line_searches(groups)
     notes = [*short_of_published(groups), *notes]
@@ -214,9 +213,9 @@ def faults_section(results: Path) -> list[str]:
     stale = sorted({
         script for entries in measured["parts"].values() for script, entry in entries.items()
         if (path := ROOT / f"{script}.py").exists()
-        and entry.get("text") != hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        and entry.get("text") != code_hash(path)
     }, key=label_order)
-    earlier = f" Scripts that have changed since, be it by a comment: {', '.join(stale)}."
+    earlier = f" Scripts that have changed since: {', '.join(stale)}."
     return [
         *lines, "", f"Measured {measured['date']} on {cpu['cpu']}, {cpu['cores']} cores."
         + earlier * bool(stale), "",
@@ -254,6 +253,23 @@ def fill_table(text: str, suites: dict[str, list[Group]]) -> str:
 def replace_section(text: str, section: str) -> str:
     before, rest = text.split(BEGIN, 1)
     return f"{before}{BEGIN}\n{section}{END}{rest.split(END, 1)[1]}"
+
+
+def draw(results: Path, random: dict[str, Any], suites: list[tuple[str, list[Group], Normalised]],
+         llms: list[tuple[str, list[Group]]]) -> None:
+    """All pictures."""
+    from benchmarks.plots import plot_aggregate, plot_curves, plot_ladder
+
+    for name, groups in llms:
+        plot_llm(groups, results / f"{name}_curves.png")
+    for name, groups, scores in suites:
+        plot_curves(groups, random, results / f"{name}_curves.png")
+        if scores.scores:
+            plot_aggregate(scores, results / f"{name}_aggregate.png")
+    if rungs := ladder(suites):
+        plot_ladder(rungs, random, results / LADDER_PICTURE)
+    if step_sizes.summary(results):
+        step_sizes.plot(results)
 
 
 def report(results: Path, readme: Path | None, check: bool) -> int:
@@ -304,6 +320,11 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         results / "report.md": "# Results\n\n" + "\n".join(sections[""]),
         results / "report.csv": table.getvalue(),
     }
+    if not check:
+        for path, text in texts.items():  # now, as the README may want results that are not there
+            write_atomically(path, text)
+            print(f"wrote {path}")
+        draw(results, random, todo, llms)
     if readme:
         text = readme.read_text() if readme.exists() else ""
         if BEGIN not in text or END not in text:
@@ -325,19 +346,7 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         for path in stale:
             print(f"{path} is stale: python -m benchmarks report", file=sys.stderr)
         return 1 if stale else 0
-    from benchmarks.plots import plot_aggregate, plot_curves, plot_ladder
-
-    for name, groups in llms:
-        plot_llm(groups, results / f"{name}_curves.png")
-    for name, groups, scores in todo:
-        plot_curves(groups, random, results / f"{name}_curves.png")
-        if scores.scores:
-            plot_aggregate(scores, results / f"{name}_aggregate.png")
-    if rungs := ladder(todo):
-        plot_ladder(rungs, random, results / LADDER_PICTURE)
-    if step_sizes.summary(results):
-        step_sizes.plot(results)
-    for path, text in texts.items():
-        write_atomically(path, text)
-        print(f"wrote {path}")
+    if readme:
+        write_atomically(readme, texts[readme])
+        print(f"wrote {readme}")
     return 0

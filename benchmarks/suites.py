@@ -132,6 +132,11 @@ def script_hash(path: Path) -> str:
         raise BenchmarkError(f"{path}: {error}") from None
 
 
+def code_hash(path: Path) -> str:
+    """Hash of all of a script's code, plumbing and docstrings too, without its comments."""
+    return digest(ast.dump(ast.parse(path.read_text())))
+
+
 def library_versions(task: Task) -> dict[str, str]:
     """Versions of what can change a run's numbers."""
     import gymnasium as gym

@@ -19,7 +19,16 @@ import numpy as np
 
 from benchmarks.live import last_progress
 from benchmarks.results import read_scalars
-from benchmarks.speed import CACHE, TimedRun, facts, keep_row, make_job, measured, read_rows
+from benchmarks.speed import (
+    CACHE,
+    TimedRun,
+    facts,
+    keep_row,
+    make_job,
+    measured,
+    read_rows,
+    row_name,
+)
 from benchmarks.suites import BenchmarkError, Task
 
 FILE = "threshold.json"
@@ -116,7 +125,7 @@ def median(values: list[float | None]) -> str:
 
 
 def threshold_line(row: dict[str, Any]) -> str:
-    runs, name = row["runs"], row["script"] + f" ({row['variant']})" * bool(row["variant"])
+    runs, name = row["runs"], row_name(row)
     cells = [name, row["env"], f"{row['level']:g}", len(runs["eager"])]
     cells += [median([run["seconds"] for run in each]) for each in runs.values()]
     cells += [median([run["steps"] for run in runs[side]]) for side in ("eager", "peer")]

@@ -10,7 +10,6 @@ wrong in words, or nothing. What several calls measured is merged into one file 
 import argparse
 import contextlib
 import functools
-import hashlib
 import importlib
 import json
 import logging
@@ -33,6 +32,7 @@ from typing import Any, cast
 import numpy as np
 
 from benchmarks.results import RESULTS, machine, write_atomically
+from benchmarks.suites import code_hash
 from tests import sabotage
 from tests.processes import ROOT, Child, start
 from tests.survival import (
@@ -510,8 +510,8 @@ WORDS = {
 def attack(part: str, script: str, work: Path, args: Any) -> dict[str, Any]:
     tally, begin = Tally(), time.monotonic()
     PARTS[part](script, tally, work, random.Random(f"{part} {script} {args.seed}"), args)
-    text = hashlib.sha256((ROOT / f"{script}.py").read_bytes()).hexdigest()[:12]
-    return {**tally.result(), "text": text, "seconds": round(time.monotonic() - begin)}
+    text, seconds = code_hash(ROOT / f"{script}.py"), round(time.monotonic() - begin)
+    return {**tally.result(), "text": text, "seconds": seconds}
 
 
 def parse(argv: list[str] | None = None) -> Any:

@@ -482,6 +482,10 @@ def test_all_comparable_published_results_are_shown():
     """Those after at most twice the steps; where all took longer, the nearest of them."""
     found = groups.all_published("ppo_continuous", "HalfCheetah-v5", 1_000_000)
     means = ["1442.64", "5783.9", "5819.099"]
+    hopper = groups.all_published("trpo", "Hopper-v5", 1_000_000)
+    assert [(x["mean"], x["steps"]) for x in hopper] == [
+        ("2046.0", "1000000"), ("3618.386", "1000000"), ("2043", ""), ("2466", "")]
+    assert report.published_cell(hopper[-1]) == "2466.0 ± 85.0: Engstrom, Hopper-v2, 80 seeds"
     assert [row["mean"] for row in found] == means
     found = groups.all_published("ppo_continuous", "HalfCheetah-v5", 1_500_000)
     assert [row["mean"] for row in found] == [*means, "7337.4"]
@@ -501,7 +505,13 @@ def test_what_falls_short_is_named_metric_by_metric():
                    make_record(final=final + 1, eval_return_mean=evaluation - 1)]
         return groups.short_of_published([groups.Group("HalfCheetah-v5", name, records)])
 
-    assert short(1442.7, 5819.1) == []
+    assert short(1442.7, 5819.1) == [] and len(short(float("nan"), 6000)) == 1
+    far = [groups.Group("Walker2d-v5", "reinforce", [make_record(final=0, eval_return_mean=0)])]
+    assert groups.short_of_published(far) == []  # of three times the steps
+    moving = [groups.Group("Acrobot-v1", "a2c", [make_record(final=-84, eval_return_mean=-83.3)])]
+    assert "(SLM-Lab -84.0)" in groups.short_of_published([replace(moving[0], records=[
+        make_record(final=-84.1, eval_return_mean=-83.3)])])[0]
+    assert groups.short_of_published(moving) == []
     assert short(1442.5, 5819.1) == [
         "Short of a published figure: ppo_continuous on HalfCheetah-v5 with a return of 1,442.5 "
         "(cleanrl 1,442.6)"]
@@ -513,30 +523,33 @@ def test_what_falls_short_is_named_metric_by_metric():
         "(rl-baselines3-zoo 5,819.1)"]
 
 
-def test_the_sentences_are_filled_from_the_results(tmp_path, monkeypatch):
+def test_the_sentences_are_filled_from_the_results(tmp_path):
     records = [make_record(seed=s, final=-1000.4 - 2 * s, eval_return_mean=7.0 + s) for s in (1, 3)]
     suites_ = {"x": groups.group_records(records, None)[0]}
     prose_of = lambda text: prose.fill(text, suites_, tmp_path)
     group = "{x|CartPole-v1|ppo|%s}"
     assert prose_of(group % "return" + " of " + group % "seeds" + " seeds") == "-1,004 of two seeds"
     assert prose_of(group % "least:2" + ", " + group % "greatest:1") == "-1,006.40, -1,002.4"
-    assert prose_of(group % "evaluation" + "\nand\n\n- as\n  it is\n") == "9 and\n\n- as\n  it is"
+    assert prose_of(group % "accuracy" + ", " + group % "worst") == "900, 800"
+    assert prose_of(group % "evaluation" + "\nand\n\na:\n- as\n  it is\n") == (
+        "9 and\n\na:\n- as\n  it is")
     row = {"script": "a2c", "env": "E", "variant": "v", "threads": 1}
     sides = lambda eager, peer: {"eager": [eager], "compiled": [eager], "peer": [peer]}
     part = {name: 1.0 for name in (*limit.PARTS, *limit.BARE)}
     for name, more in (
         ("speed", {"runs": sides({"sps": 25.0}, {"sps": 10.0})}),
         ("limit", {"rounds": [{"eager": part | {"networks": 1.4}}]}),
-        ("threshold", {"runs": sides({"seconds": 4.0}, {"seconds": 5.0})}),
+        ("threshold", {"runs": sides({"seconds": 4.0}, {"seconds": 5.0})
+                       | {"compiled": [{"seconds": None}, {"seconds": None}, {"seconds": 1.0}]}}),
         ("scaling", {"seeds": [{"eager": {"sps": 12345.0}, "sync": 67.0}]}),
     ):
         rows = [row | more, row | more | {"threads": 2}]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    found = prose_of("{speed|a2c|v|eager:2} {limit|a2c|v|eager} {threshold|a2c|v|peer} "
-                     "{scaling|a2c|v|eager} {scaling|a2c|v|sync}")
-    assert found == "2.50 60 5 12,345 67"
-    for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{speed|a2c||eager}",
-                  "{x|CartPole-v1|ppo|mean}", "{x}"):
+    found = prose_of("{speed|a2c|E|v|eager:2} {limit|a2c|E|v|eager} {threshold|a2c|E|v|peer} "
+                     "{threshold|a2c|E|v|compiled} {scaling|a2c|E|v|eager} {scaling|a2c|E|v|sync}")
+    assert found == "2.50 60 5 never 12,345 67"
+    for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{x}",
+                  "{speed|a2c|E||eager}", "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
             prose_of(wrong)
 
@@ -789,6 +802,12 @@ def test_speed_below_its_target_is_named():
     row["runs"]["compiled"] = [{"sps": 1}] * 3
     assert "2.2, compiled 0.10 times the peer, not 2.6" in speed.short_of_targets([row])[0]
     del row["runs"]["peer"]
+    assert speed.short_of_targets([row]) == []
+    row = {"script": "trpo", "variant": "4 x 512", "env": "E", "threads": 1, "runs": {
+        "eager": [{"sps": 24}], "compiled": [{"sps": 1}], "peer": [{"sps": 10}]}}
+    assert speed.short_of_targets([row]) == [
+        "- Short of its target: trpo (4 x 512) on E, eager 2.40 times the peer, not 2.5"]
+    row["variant"] = "another"
     assert speed.short_of_targets([row]) == []
 
 

@@ -21,6 +21,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
+import a2c
 import ppo
 import ppo_continuous
 import reinforce
@@ -577,3 +578,53 @@ def test_whatever_u_the_action_is_within_its_bounds(box, squash, dtype, u):
     squashed = low + (high - low) / 2 * (1 + np.tanh(u)) if squash else np.clip(u, low, high)
     atol = 1e-6 * np.abs(box).max() if squash else 0.0  # of float32, where a sum ends near 0
     np.testing.assert_allclose(action, squashed, rtol=1e-5, atol=atol)
+
+
+# --- Another library's updates --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Hopper-v5"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_updates_of_a2c_are_those_of_stable_baselines3(env, optimizer, monkeypatch):
+    """Twenty in a row, on its rollouts, from its first weights; all of them clip the gradient."""
+    from stable_baselines3 import A2C
+    from stable_baselines3.common.env_util import make_vec_env
+
+    envs = make_vec_env(env, 4, seed=1)
+    networks = {"net_arch": [8, 8], "activation_fn": torch.nn.Tanh, "log_std_init": -0.5}
+    networks |= {"optimizer_kwargs": {"eps": 1e-5}}
+    options: Any = {"gae_lambda": 0.95, "use_rms_prop": optimizer == "rmsprop", "ent_coef": 0.5}
+    options |= {"vf_coef": 0.25, "seed": 1, "device": "cpu", "policy_kwargs": networks}
+    model = A2C("MlpPolicy", envs, **options)
+    args = a2c.Args(hidden_size=8, optimizer=optimizer, ent_coef=0.5, vf_coef=0.5)  # type: ignore
+    spaces: Any = SimpleNamespace(
+        single_observation_space=envs.observation_space, single_action_space=envs.action_space
+    )
+    agent = a2c.Agent(spaces, args)
+    layers = model.policy.mlp_extractor
+    theirs = [*layers.policy_net.parameters(), *model.policy.action_net.parameters(),
+              *layers.value_net.parameters(), *model.policy.value_net.parameters()]
+    ours = [*agent.actor.parameters(), *agent.critic.parameters()]
+    if agent.log_std is not None:
+        theirs, ours = [*theirs, model.policy.log_std], [*ours, agent.log_std]
+    for a, b in zip(ours, theirs, strict=True):
+        a.data.copy_(b)
+    theta, grad = a2c.flatten_parameters(agent)
+    ours_steps, their_step, norms = a2c.make_optimizer(theta, args), model.train, []
+
+    def both():
+        data = next(iter(model.rollout_buffer.get(batch_size=None)))
+        actions = data.actions.long().flatten() if agent.log_std is None else data.actions
+        batch = data.observations.float(), actions, data.advantages, data.returns
+        a2c.total_loss(agent, batch, args)[0].backward()
+        norms.append(grad.norm().item())
+        grad.mul_(args.max_grad_norm / grad.norm())
+        ours_steps.step()
+        grad.zero_()
+        their_step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.data, b.data, rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setattr(model, "train", both)
+    model.learn(20 * 4 * 5)
+    assert len(norms) == 20 and min(norms) > args.max_grad_norm

@@ -35,9 +35,10 @@ def test_the_table_goes_from_few_to_many_and_leaves_no_run_out():
 
 def test_rows_of_an_earlier_text_are_named():
     rows = [fake_row(4, 0, 3.0), fake_row(8, 0, 3.0)]
-    assert speed.measured(rows).endswith("X, 2 cores. Of an earlier text: ppo.")
-    for row in rows:
-        row["script_hash"] = suites.script_hash(suites.ROOT / "ppo.py")
+    assert speed.measured(rows).endswith("Of an earlier text: ppo (4 by 0), ppo (8 by 0).")
+    rows[0]["script_hash"] = suites.script_hash(suites.ROOT / "ppo.py")
+    assert speed.measured(rows).endswith("X, 2 cores. Of an earlier text: ppo (8 by 0).")
+    rows[1]["script"] = "gone"  # of which nothing can be said
     assert speed.measured(rows).endswith("X, 2 cores.")
 
 
