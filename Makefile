@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-long lint clean
+.PHONY: run test test-long test-cuda lint clean
 
 run: $(VENV)/run.done
 	$(BIN)/python ppo.py
@@ -14,6 +14,10 @@ test: $(VENV)/dev.done
 
 test-long: $(VENV)/dev.done
 	$(BIN)/python -m pytest -n auto -m "long or not long"
+
+# On a machine with a GPU; elsewhere they are skipped.
+test-cuda: $(VENV)/dev.done
+	STRIDE_TEST_CUDA=1 $(BIN)/python -m pytest -n 4 tests/test_cuda.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

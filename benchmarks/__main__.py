@@ -91,6 +91,17 @@ def make_parser() -> Parser:
         if command == "speed":
             timed.add_argument("--threads", type=positive(int), default=1, help="of each run")
 
+    gpu = commands.add_parser("cuda", help="time the scripts on a GPU beside Stable-Baselines3")
+    gpu.add_argument("suite", nargs="?", default="cuda", help="by default cuda")
+    gpu.add_argument("--only", type=names, default=[], help="scripts, comma-separated: a2c")
+    gpu.add_argument("--work", type=Path, default=WORK, help="directory of the runs")
+    gpu.add_argument("--results", type=Path, default=RESULTS, help="where cuda.json is")
+    gpu.add_argument("--scripts", type=Path, default=ROOT, help="directory of the scripts")
+
+    tokens = commands.add_parser("tokens", help="time grpo_rloo with larger networks on a GPU")
+    tokens.add_argument("--repeats", type=positive(int), default=5, help="timed calls of each kind")
+    tokens.add_argument("--results", type=Path, default=RESULTS, help="where tokens.json is")
+
     sizes = commands.add_parser("step-sizes", help="plain ascent beside steps of a fixed length")
     sizes.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="runs at a time")
     sizes.add_argument("--seeds", type=positive(int), default=10, help="K: seeds 1 to K")
@@ -183,6 +194,18 @@ def main(argv: list[str]) -> int:
         if args.command in TIMED:
             signal.signal(signal.SIGTERM, interrupt)  # what it holds must not be left behind
             return time_suite(args)
+        if args.command == "cuda":
+            from benchmarks.cuda import cuda
+
+            signal.signal(signal.SIGTERM, interrupt)
+            tasks, _ = select_tasks(load_suite(args.suite), args.scripts, args.only, [], "")
+            cuda(tasks, args.work.resolve(), args.results.resolve(), args.scripts.resolve())
+            return 0
+        if args.command == "tokens":
+            from benchmarks.tokens import tokens
+
+            tokens(args.results, args.repeats)
+            return 0
         if args.command == "step-sizes":
             from benchmarks import step_sizes
 

@@ -200,9 +200,12 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--settings", type=json.loads, required=True, help="peer_settings, JSON")
     parser.add_argument("--num-threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--device", default="cpu", help="where the networks live")
     args = parser.parse_args()
 
     import numpy as np
+    import sb3_contrib
+    import stable_baselines3
     import torch
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecNormalize
@@ -211,6 +214,12 @@ def main() -> None:
     settings = args.settings
     batch = settings["kwargs"]["n_steps"] * settings["num_envs"]
     total_steps = args.total_timesteps // batch * batch
+    if args.device != "cpu":
+        # Put in here, as train's text is part of the identity of every result that there is.
+        library = sb3_contrib if settings["algorithm"] == "TRPO" else stable_baselines3
+        on_cpu = getattr(library, settings["algorithm"])
+        elsewhere = lambda *words, **more: on_cpu(*words, **more | {"device": args.device})
+        setattr(library, settings["algorithm"], elsewhere)
     args.run_dir.mkdir(parents=True, exist_ok=True)
     run = PeerRun(args.run_dir, total_steps)
     model = train(args.env_id, args.seed, total_steps, settings, run)

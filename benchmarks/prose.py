@@ -12,6 +12,10 @@ number or, with :2 at its end, one of two decimals:
     {threshold|ppo|CartPole-v1||eager}    median seconds; or compiled, peer
     {scaling|ppo|CartPole-v1|4 environments|eager}    median steps per second; or compiled, or sync,
                                       of the environments alone
+    {cuda|ppo|CartPole-v1|width 64|eager}    median steps per second; or compiled, graphs, peer;
+                                      with " ratio" median ratio to the peer
+    {tokens|384|bf16|eager}           median tokens per second; or sample, compiled, graphs; with
+                                      " share" of the card's peak, in percent
 """
 
 import math
@@ -24,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import limit, scaling, speed, threshold
+from benchmarks import cuda, limit, scaling, speed, threshold, tokens
 from benchmarks.groups import Group
 from benchmarks.suites import BenchmarkError
 
@@ -51,13 +55,17 @@ def of_row(kind: str, row: dict[str, Any], side: str) -> float:
     if kind == "threshold":  # a run that never got there took longer than any that did
         seconds = [run["seconds"] for run in row["runs"][side]]
         return statistics.median(math.inf if x is None else x for x in seconds)
+    if kind == "cuda":
+        side, _, ratio = side.partition(" ")
+        rates = cuda.ratios(row, side) if ratio else row["runs"][side]["sps"]
+        return statistics.median(rates)
     found = [seed[side] for seed in row["seeds"]]
     return statistics.median([x if side == "sync" else x["sps"] for x in found])
 
 
 READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "speed": speed.read_speed, "limit": limit.read_limit, "threshold": threshold.read_threshold,
-    "scaling": scaling.read_scaling,
+    "scaling": scaling.read_scaling, "cuda": cuda.read_cuda,
 }
 
 
@@ -68,6 +76,11 @@ def lookup(words: list[str], suites: dict[str, list[Group]], results: Path) -> f
         (row,) = [row for row in READERS[kind](results)
                   if speed.row_key(row) == (script, env, variant, 1)]
         return of_row(kind, row, what)
+    if kind == "tokens":
+        width, precision = names
+        part, _, share = what.partition(" ")
+        rates, shares = tokens.rates_and_shares(results, int(width), precision == "bf16", part)
+        return statistics.median(shares if share else rates)
     env, label = names
     (group,) = [group for group in suites[kind] if (group.env, group.label) == (env, label)]
     return of_group(group, what)

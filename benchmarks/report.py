@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import step_sizes
+from benchmarks.cuda import cuda_section, read_cuda
 from benchmarks.groups import (
     Group,
     Normalised,
@@ -34,6 +35,7 @@ from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
 from benchmarks.suites import ROOT, BenchmarkError, code_hash, load_suite
 from benchmarks.threshold import read_threshold, threshold_section
+from benchmarks.tokens import tokens_section
 
 SHOWN = (("classic", "CartPole-v1"), ("mujoco", "HalfCheetah-v5"))  # in the README's first table
 LADDER, LADDER_PICTURE = ("mujoco", "HalfCheetah-v5"), "ladder.png"  # at the top of the README
@@ -311,6 +313,8 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         lines += limit_section(read_limit(results))
         lines += threshold_section(read_threshold(results))
         lines += scaling_section(read_scaling(results))
+        lines += cuda_section(read_cuda(results))
+        lines += tokens_section(results)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -66,9 +66,9 @@ def command_line(job: Job, script: Path, run_dir: Path) -> list[str]:
     return [sys.executable, str(script), *names]
 
 
-def environment() -> dict[str, str]:
-    """One thread, and no GPU: results are of CPUs, those of the peers too."""
-    gpus = {"CUDA_VISIBLE_DEVICES": ""}
+def environment(gpu: bool = False) -> dict[str, str]:
+    """One thread, and unless one is asked for no GPU: the results are of CPUs, the peers' too."""
+    gpus = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **dict.fromkeys(THREADS, "1"), **gpus, "PYTHONPATH": str(ROOT)}
 
 

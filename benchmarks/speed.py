@@ -33,6 +33,7 @@ from benchmarks.suites import (
     Task,
     commit_of,
     library_versions,
+    python_version,
     script_hash,
 )
 
@@ -77,7 +78,8 @@ def make_job(task: Task, seed: int, scripts: Path) -> Job:
 class TimedRun:
     """A run in a process of its own, which can be held and let go on."""
 
-    def __init__(self, job: Job, directory: Path, compiled: bool, threads: int):
+    def __init__(self, job: Job, directory: Path, compiled: bool, threads: int,
+                 device: str = "cpu", variables: dict[str, str] | None = None):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         script = directory / f"{job.task.script}.py"
@@ -85,16 +87,18 @@ class TimedRun:
         command = [*command_line(job, script, directory / "run"), "--num-threads", str(threads)]
         if not job.task.peer:
             command += ["--eval-episodes", "1"] + ["--compile"] * compiled
+        if device != "cpu":
+            command += ["--device", device]
         # A cache of its own for each task, beside the runs' directories, which are made anew: the
         # first compiled run is a cold one, the others are warm.
         own = {"TORCHINDUCTOR_CACHE_DIR": str(directory.parent / CACHE)}
-        own |= dict.fromkeys(THREADS, str(threads))
+        own |= dict.fromkeys(THREADS, str(threads)) | (variables or {})
         with (directory / "stdout.txt").open("wb") as out, (
                 directory / "stderr.txt").open("wb") as err:
             # In a session of its own: Ctrl-Z and fg in a terminal must not wake what is held.
             self.process = subprocess.Popen(
-                command, env=environment() | own, cwd=directory, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, start_new_session=True,
+                command, env=environment(gpu=device != "cpu") | own, cwd=directory,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )
         self.job, self.directory, self.usage = job, directory, None
         self.turns: list[tuple[float, float]] = []  # times from and to which it was let run
@@ -123,6 +127,10 @@ class TimedRun:
         start = time.time()
         while not self.ended() and not (enough and enough(self.directory)):
             time.sleep(POLL_SECONDS)
+        self.hold(start)
+
+    def hold(self, start: float) -> None:
+        """Hold it, if it has not ended, after a turn that began at start, a time of day."""
         if not self.ended():
             os.kill(self.process.pid, signal.SIGSTOP)
         self.turns.append((start, time.time()))
@@ -131,15 +139,19 @@ class TimedRun:
         """For how many seconds it had run at these times."""
         return np.sum([np.clip(times, start, end) - start for start, end in self.turns], axis=0)
 
-    def result(self) -> dict[str, float]:
-        """Of a run that has ended by itself: steady rate, time to the first point, peak memory."""
+    def peak_mib(self) -> float:
+        """Its largest memory; BenchmarkError if it has ended otherwise than by itself."""
         assert self.usage is not None
         if status := self.process.returncode:
             text = (self.directory / "stderr.txt").read_text(errors="replace")
             last = "".join(text.splitlines()[-1:])
             raise BenchmarkError(f"{self.job} ended with status {status}: {last}")
+        return self.usage.ru_maxrss / 1024
+
+    def result(self) -> dict[str, float]:
+        """Of a run that has ended by itself: steady rate, time to the first point, peak memory."""
+        peak = self.peak_mib()
         rate, first = steady_rate(self.directory / "run", self.active)
-        peak = self.usage.ru_maxrss / 1024
         return {"sps": rate, "first_point_seconds": first, "peak_mib": peak}
 
 
@@ -199,7 +211,9 @@ def measured(rows: list[dict[str, Any]]) -> str:
     when = f"{dates[0]} to {dates[-1]}" if dates[1:] else dates[0]
     scripts = {name: ROOT / f"{name}.py" for name in {row["script"] for row in rows}}
     current = {name: script_hash(path) for name, path in scripts.items() if path.is_file()}
-    stale = sorted({row_name(row) for row in rows
+    # A hash is of the text that Python makes of a script, and differs from one Python to another.
+    ours = [row for row in rows if row["versions"]["python"] == python_version()]
+    stale = sorted({row_name(row) for row in ours
                     if row["script_hash"] != current.get(row["script"], row["script_hash"])})
     earlier = f" Of an earlier text: {', '.join(stale)}." if stale else ""
     return f"Measured {when} on {'; '.join(machines)}.{earlier}"

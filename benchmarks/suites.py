@@ -137,6 +137,10 @@ def code_hash(path: Path) -> str:
     return digest(ast.dump(ast.parse(path.read_text())))
 
 
+def python_version() -> str:
+    return ".".join(platform.python_version_tuple()[:2])
+
+
 def library_versions(task: Task) -> dict[str, str]:
     """Versions of what can change a run's numbers."""
     import gymnasium as gym
@@ -156,8 +160,7 @@ def library_versions(task: Task) -> dict[str, str]:
         raise BenchmarkError(
             f"{task.label} on {task.env} needs {error.name}: pip install -r requirements-dev.txt"
         ) from None
-    python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, **versions}
+    return {"python": python_version(), **versions}
 
 
 def commit_of(path: Path) -> str | None:

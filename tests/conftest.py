@@ -1,4 +1,4 @@
-"""Tests are of the CPU: bits do not repeat on a GPU, and small networks are slower there."""
+"""Tests are of the CPU, as bits do not repeat on a GPU; but for those of `make test-cuda`."""
 
 import os
 import signal
@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "STRIDE_TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -542,14 +542,21 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
         ("threshold", {"runs": sides({"seconds": 4.0}, {"seconds": 5.0})
                        | {"compiled": [{"seconds": None}, {"seconds": None}, {"seconds": 1.0}]}}),
         ("scaling", {"seeds": [{"eager": {"sps": 12345.0}, "sync": 67.0}]}),
+        ("cuda", {"runs": {"graphs": {"sps": [6.0, 8.0, 9.0]}, "peer": {"sps": [2.0, 4.0, 1.0]}}}),
     ):
         rows = [row | more, row | more | {"threads": 2}]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     found = prose_of("{speed|a2c|E|v|eager:2} {limit|a2c|E|v|eager} {threshold|a2c|E|v|peer} "
                      "{threshold|a2c|E|v|compiled} {scaling|a2c|E|v|eager} {scaling|a2c|E|v|sync}")
     assert found == "2.50 60 5 never 12,345 67"
+    part = {"tokens": 100, "operations": 2000, "seconds": [2.0, 1.0, 4.0]}
+    rows = [{"width": 384, "bf16": bf16, "parts": {"eager": part}} for bf16 in (True, False)]
+    peaks = {"bf16": 4000, "f32": 2000}
+    (tmp_path / "tokens.json").write_text(json.dumps({"rows": rows, "peak": peaks}))
+    assert prose_of("{cuda|a2c|E|v|graphs} {cuda|a2c|E|v|graphs ratio} {tokens|384|bf16|eager} "
+                    "{tokens|384|bf16|eager share} {tokens|384|f32|eager share}") == "8 3 50 25 50"
     for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{x}",
-                  "{speed|a2c|E||eager}", "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
+                  "{speed|a2c|E||eager}", "{tokens|64|bf16|eager}", "{cuda|a2c|E|v|eager}", "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
             prose_of(wrong)
 
