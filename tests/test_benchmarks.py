@@ -556,7 +556,8 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
     assert prose_of("{cuda|a2c|E|v|graphs} {cuda|a2c|E|v|graphs ratio} {tokens|384|bf16|eager} "
                     "{tokens|384|bf16|eager share} {tokens|384|f32|eager share}") == "8 3 50 25 50"
     for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{x}",
-                  "{speed|a2c|E||eager}", "{tokens|64|bf16|eager}", "{cuda|a2c|E|v|eager}", "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
+                  "{tokens|64|bf16|eager}", "{cuda|a2c|E|v|eager}", "{speed|a2c|E||eager}",
+                  "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
             prose_of(wrong)
 
