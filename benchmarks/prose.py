@@ -104,6 +104,6 @@ def fill(template: str, suites: dict[str, list[Group]], results: Path) -> str:
 def wrapped(text: str) -> str:
     """The same with the lines of its plain paragraphs filled up again: a block with a line that
     begins as a heading, a table or a list does stays as it is."""
-    plain = lambda x: not re.search(r"^([#|>`-]|\d+\. )", x, re.MULTILINE)
+    plain = lambda x: not re.search(r"^([#|>]|```|- |\d+\. )", x, re.MULTILINE)
     fill_up = lambda x: textwrap.fill(x, 110, break_long_words=False, break_on_hyphens=False)
     return "\n\n".join(fill_up(x) if plain(x) else x for x in text.strip().split("\n\n"))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -29,16 +30,19 @@ from benchmarks.limit import limit_section, read_limit
 from benchmarks.llm import is_llm, llm_section, plot_llm
 from benchmarks.prose import NOTE, TEMPLATE, fill
 from benchmarks.results import RESULTS, read_random, read_results, write_atomically
+from benchmarks.runner import command_line
 from benchmarks.sampling import sampling_section
 from benchmarks.scaling import read_scaling, scaling_section
 from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
-from benchmarks.suites import ROOT, BenchmarkError, code_hash, load_suite
+from benchmarks.suites import ROOT, BenchmarkError, Job, Suite, code_hash, load_suite
 from benchmarks.threshold import read_threshold, threshold_section
 from benchmarks.tokens import tokens_section
 
 SHOWN = (("classic", "CartPole-v1"), ("mujoco", "HalfCheetah-v5"))  # in the README's first table
 LADDER, LADDER_PICTURE = ("mujoco", "HalfCheetah-v5"), "ladder.png"  # at the top of the README
+# Sections that come first, in this order; the others follow in the alphabet's.
+FIRST = ("classic", "mujoco", "lunarlander", "mujoco3m", "llm", "addition", "countdown")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -142,6 +146,25 @@ def line_searches(groups: list[Group]) -> list[str]:
         return []
     return ["Updates whose first step the line search refused (and all of its steps): "
             + "; ".join(found) + ".", ""]
+
+
+def single_runs(suite: Suite | None) -> list[str]:
+    """How to start one run of each row by hand, folded away, in Markdown; environments that share
+    their flags share a line."""
+    if suite is None:
+        return []
+    alike: dict[str, list[str]] = {}
+    for task in suite.tasks:
+        job = Job(task, 1, b"", "", {}, None)
+        _, script, *words = command_line(job, Path(f"{task.script}.py"), Path("unused"))
+        at = words.index("--run-dir")
+        line = shlex.join(["python", script, *words[:at], *words[at + 2 :]])
+        alike.setdefault(line.replace(f" {task.env} ", " ENV ", 1), []).append(task.env)
+    lines = ["<details><summary>Single runs</summary>", "", "```"]
+    for line, envs in alike.items():
+        note = f"  # also {', '.join(envs[1:])}" if envs[1:] else ""
+        lines.append(line.replace(" ENV ", f" {envs[0]} ", 1) + note)
+    return [*lines, "```", "", "</details>", ""]
 
 
 def suite_section(name: str, groups: list[Group], notes: list[str], scores: Normalised,
@@ -283,7 +306,9 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         readme = ROOT / "README.md"
     sections: dict[str, list[str]] = {"": [], "benchmarks/results/": []}
     rows, random, todo, llms = [], read_random(results), [], []
-    for name, records in read_results(results).items():
+    rank = {name: i for i, name in enumerate(FIRST)}
+    found = sorted(read_results(results).items(), key=lambda x: (rank.get(x[0], len(rank)), x[0]))
+    for name, records in found:
         try:
             suite = load_suite(name)
         except BenchmarkError:
@@ -294,12 +319,13 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
             llms.append((name, groups))
             for pictures, lines in sections.items():
                 lines += llm_section(name, groups, notes, provenance(groups), pictures)
+                lines += single_runs(suite)
             continue
         scores = normalise(groups, suite, random)
         rows += table_rows(name, groups)
         todo.append((name, groups, scores))
         for pictures, lines in sections.items():
-            lines += suite_section(name, groups, notes, scores, pictures)
+            lines += suite_section(name, groups, notes, scores, pictures) + single_runs(suite)
         if not check:
             print("\n".join(notes), end="\n" * bool(notes))
     for pictures, lines in sections.items():
@@ -333,13 +359,13 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         text = readme.read_text() if readme.exists() else ""
         if BEGIN not in text or END not in text:
             raise BenchmarkError(f"{readme} has no {BEGIN} and {END} for the results to go between")
-        found = {name: groups for name, groups, *_ in todo + llms}
+        groups_of = {name: groups for name, groups, *_ in todo + llms}
         lines = ["", *sections["benchmarks/results/"]]
         if results.resolve() == RESULTS:
-            prose = fill(TEMPLATE.read_text(), found, results)
+            prose = fill(TEMPLATE.read_text(), groups_of, results)
             lines = [NOTE, "", *prose.splitlines(), "", "### The tables", *lines]
         section = "\n".join(lines)
-        texts[readme] = replace_section(fill_table(text, found), section)
+        texts[readme] = replace_section(fill_table(text, groups_of), section)
     if check:
         stale = [p for p, text in texts.items() if not p.exists() or p.read_text() != text]
         pictures = [results / f"{name}_curves.png" for name, *_ in todo + llms]

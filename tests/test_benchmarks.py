@@ -1,10 +1,12 @@
 """The benchmark harness: its statistics, its results files, and what it does when runs go wrong."""
 
+import importlib
 import itertools
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -560,6 +562,28 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
                   "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
             prose_of(wrong)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(suites.SUITES.glob("*.toml"))])
+def test_a_single_run_is_started_with_the_flags_of_its_row(name):
+    """What the report prints is read by the script's own parser as the task it stands for."""
+    suite, shown = suites.load_suite(name), 0
+    for line in report.single_runs(suite)[3:-4]:
+        command, _, also = line.partition("  # also ")
+        python, script, *flags = shlex.split(command)
+        args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        field = "task" if script == "grpo_rloo.py" else "env_id"
+        for env in (getattr(args, field), *filter(None, also.split(", "))):
+            shown += 1
+            as_task = {field: env, "total_timesteps": args.total_timesteps}
+            assert any(
+                (task.env, task.steps, f"{task.script}.py") == (env, args.total_timesteps, script)
+                and all(getattr(args, k.replace("-", "_")) == (None if x == "None" else x)
+                        for k, x in task.flags.items())
+                for task in suite.tasks
+            ), as_task
+        assert python == "python" and args.seed == 1 and args.run_dir is None
+    assert shown == len(suite.tasks)
 
 
 def test_committed_report_is_that_of_the_results(capsys):
