@@ -87,7 +87,7 @@ class Args:
     checkpoint_every: int | None = None
     """steps between checkpoints, each of which cuts the open episodes; by default 10 % of all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes CUDA where there is one, cpu is faster below width 500"""
+    """where the networks live; auto takes CUDA if there is any; small networks are faster on cpu"""
     num_threads: int = 1
     """CPU threads of torch; bits are promised to repeat with 1 alone"""
     compile: bool = False

@@ -4,22 +4,24 @@ Of each task of the suite: a run of the script, eager; one with --compile; one w
 are replayed as CUDA graphs besides; and one of the peer with the same hyperparameters: all on the
 GPU. They warm up side by side. Then each has its turn of a tenth of its steps, while the others are
 held, so that what else the machine does meanwhile meets all alike; a round of turns is a pair. Last
-comes the script on a CPU of the same machine, one thread, all tasks at once, each on its own core.
+come the scripts on the CPU of the same machine, on one thread, at most as many at once as it has
+cores.
 """
 
 import contextlib
+import datetime
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.results import machine, read_scalars
+from benchmarks.results import read_scalars
 from benchmarks.speed import (
     POLL_SECONDS,
     TimedRun,
@@ -51,14 +53,14 @@ def gpu_name() -> str:
 
 
 def turn_rates(steps: np.ndarray, times: np.ndarray, turns: list[tuple[float, float]],
-               active: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+               active: Callable[[np.ndarray], np.ndarray]) -> list[float | None]:
     """Steps per second of each turn after the first one, the warm-up: from the last point of the
-    curves before a turn to the last one in it. Steps and times of day are the points', active turns
-    such times into seconds of running."""
+    curves before a turn to the last one in it, and None where it has none. Steps and times of day
+    are the points', active turns such times into seconds of running."""
     last = [int(np.searchsorted(times, end, "right")) - 1 for _, end in turns]
     seconds = active(times)
-    return [float((steps[b] - steps[a]) / (seconds[b] - seconds[a]))
-            for a, b in itertools.pairwise(last) if b > a >= 0]
+    return [round(float((steps[b] - steps[a]) / (seconds[b] - seconds[a])), 1) if b > a >= 0
+            else None for a, b in itertools.pairwise(last)][: len(ENDS) - 1]
 
 
 def found_in(run: TimedRun) -> dict[str, Any]:
@@ -73,8 +75,7 @@ def found_in(run: TimedRun) -> dict[str, Any]:
     except BenchmarkError as error:
         return {"failed": f"{error}"[-200:]}
     first = float(steps[0] / sps[0])
-    return {"sps": [round(x, 1) for x in rates], "first_point_seconds": round(first, 2),
-            "peak_mib": round(peak)}
+    return {"sps": rates, "first_point_seconds": round(first, 2), "peak_mib": round(peak)}
 
 
 def warm_up(runs: list[TimedRun]) -> None:
@@ -118,22 +119,32 @@ def measure(tasks: list[Task], work: Path, scripts: Path, gpu: str, keep: Callab
             keep(row)
 
 
-def on_cpus(tasks: list[Task], work: Path, scripts: Path) -> list[dict[str, Any]]:
-    """The scripts alone, on the CPU, all at once: what is kept of each."""
-    def run_one(task: Task) -> dict[str, Any]:
-        with TimedRun(make_job(task, 1, scripts), work / f"cpu-{task.label}", False, 1) as run:
-            for end in ENDS:
-                run.go_on(at_share(end, task))
-            run.go_on()
-            return found_in(run)
-
-    with ThreadPoolExecutor(max(1, len(tasks))) as pool:
-        return list(pool.map(run_one, tasks))
+def on_cpus(tasks: list[Task], work: Path, scripts: Path,
+            keep: Callable[[Task, dict[str, Any]], None]) -> None:
+    """keep() what is found of each task's script on the CPU, as soon as its run has ended."""
+    waiting, running = list(tasks), []
+    most = min(len(tasks), os.cpu_count() or 1)
+    with contextlib.ExitStack() as stack:
+        while waiting or running:
+            while waiting and len(running) < most:
+                task = waiting.pop(0)
+                job = make_job(task, 1, scripts)
+                run = TimedRun(job, work / "cpu" / task.label.replace(" ", "-"), False, 1)
+                running.append((stack.enter_context(run), time.time()))
+            for run, start in list(running):
+                done, task = len(run.turns), run.job.task
+                if run.ended() or (done < len(ENDS) and at_share(ENDS[done], task)(run.directory)):
+                    run.turns.append((run.turns[-1][1] if done else start, time.time()))
+                if run.ended():
+                    running.remove((run, start))
+                    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+                    keep(task, found_in(run) | {"at_once": most, "date": date})
+            time.sleep(POLL_SECONDS)
 
 
 def cuda(tasks: list[Task], work: Path, results: Path, scripts: Path) -> None:
-    """Measure what the results file does not hold of these scripts and this card yet; a row is
-    written when it is complete."""
+    """Measure what the results file does not hold of these scripts, libraries and this machine; a
+    row is written when it is complete."""
     start, gpu = time.perf_counter(), gpu_name()
 
     def keep(row: dict[str, Any]) -> None:
@@ -141,11 +152,13 @@ def cuda(tasks: list[Task], work: Path, results: Path, scripts: Path) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {cuda_line(row)}", flush=True)
 
     def held(task: Task) -> dict[str, Any] | None:
-        job = make_job(task, 1, scripts)
-        same = (task.script, task.env, task.variant, gpu, job.script_hash, machine())
+        ours, peer = (make_job(replace(task, peer=x), 1, scripts) for x in ("", "sb3"))
+        wanted = facts(task, replace(ours, versions=peer.versions)) | {"gpu": gpu}
+        names = ("script", "env", "variant", "steps", "flags", "script_hash", "versions",
+                 "machine", "gpu")
         for row in read_cuda(results):
-            names = ("script", "env", "variant", "gpu", "script_hash", "machine")
-            if tuple(row[name] for name in names) == same and task.steps == row["steps"]:
+            same = all(row[name] == wanted[name] for name in names)
+            if same and not any("failed" in row["runs"][side] for side in SIDES):
                 return row
         return None
 
@@ -153,11 +166,15 @@ def cuda(tasks: list[Task], work: Path, results: Path, scripts: Path) -> None:
         group = [task for task in tasks if task.script == script and not held(task)]
         if group:
             measure(group, work / "cuda", scripts, gpu, keep)
-    rows = [(task, row) for task in tasks if (row := held(task)) and "cpu" not in row["runs"]]
-    rates = on_cpus([task for task, _ in rows], work / "cuda", scripts)
-    for (_, row), rate in zip(rows, rates, strict=True):
-        row["runs"]["cpu"] = rate
-        keep(row)
+    todo = [task for task in tasks
+            if (row := held(task)) and "sps" not in row["runs"].get("cpu", {})]
+
+    def keep_cpu(task: Task, found: dict[str, Any]) -> None:
+        if row := held(task):
+            row["runs"]["cpu"] = found
+            keep(row)
+
+    on_cpus(todo, work / "cuda", scripts, keep_cpu)
 
 
 def missing(rows: list[dict[str, Any]], tasks: list[Task]) -> list[str]:
@@ -177,20 +194,22 @@ def read_cuda(results: Path) -> list[dict[str, Any]]:
     return read_rows(results / FILE)
 
 
+def rates(row: dict[str, Any], side: str) -> list[float]:
+    """Steps per second of the turns that have a rate; empty if there was no run or it failed."""
+    return [x for x in row["runs"].get(side, {}).get("sps", []) if x]
+
+
 def ratios(row: dict[str, Any], side: str) -> list[float]:
     """A side's rate over the peer's, round by round; empty if either failed."""
-    ours, peer = (row["runs"][x].get("sps", []) for x in (side, "peer"))
-    return [a / b for a, b in zip(ours, peer)]
+    pairs = zip(*(row["runs"][x].get("sps", []) for x in (side, "peer")))
+    return [ours / peer for ours, peer in pairs if ours and peer]
 
 
 def cuda_line(row: dict[str, Any]) -> str:
-    runs = row["runs"]
-    kept = lambda side: runs.get(side, {}).get("sps")
-    cells = [row_name(row), row["env"]]
-    cells += [spread(kept(x), 0) if kept(x) else "failed" if x in runs else "-"
+    runs, cells = row["runs"], [row_name(row), row["env"]]
+    cells += [spread(each, 0) if (each := rates(row, x)) else "failed" if x in runs else "-"
               for x in (*SIDES, "cpu")]
-    found = (ratios(row, side) for side in SIDES[:-1])
-    cells += [spread(each, 2) if each else "-" for each in found]
+    cells += [spread(each, 2) if (each := ratios(row, side)) else "-" for side in SIDES[:-1]]
     cells += [", ".join(f"{runs[side].get('peak_mib', '-')}" for side in SIDES)]
     firsts = (runs[side].get("first_point_seconds") for side in SIDES[:-1])
     cells += [", ".join("-" if x is None else f"{x:.0f}" for x in firsts)]
@@ -198,34 +217,39 @@ def cuda_line(row: dict[str, Any]) -> str:
 
 
 def cuda_section(rows: list[dict[str, Any]]) -> list[str]:
-    """The table, in Markdown; empty if nothing was measured."""
+    """A table for each card, in Markdown; empty if nothing was measured."""
     if not rows:
         return []
     tasks = load_suite("cuda").tasks
     order = {(task.script, task.variant): i for i, task in enumerate(tasks)}
     rows = sorted(rows, key=lambda row: order.get((row["script"], row["variant"]), len(order)))
-    cards = ", ".join(sorted({row["gpu"] for row in rows}))
+    lines = ["### cuda", ""]
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        lines += card_table([row for row in rows if row["gpu"] == gpu], tasks)
+    return [*lines, "```", "python -m benchmarks cuda", "python -m benchmarks report", "```", ""]
+
+
+def card_table(rows: list[dict[str, Any]], tasks: list[Task]) -> list[str]:
     torches = ", ".join(sorted({row["versions"]["torch"] for row in rows}))
-    failed = [f"- Failed: {row_name(row)}, {side}: {run['failed']}" for row in rows
-              for side, run in row["runs"].items() if "failed" in run]
-    lines = failed + missing(rows, tasks)
-    turns = max(len(run.get("sps", [])) for row in rows for run in row["runs"].values())
+    lines = [f"- Failed: {row_name(row)}, {side}: {run['failed']}" for row in rows
+             for side, run in row["runs"].items() if "failed" in run]
+    lines += missing(rows, tasks)
+    beside = [run["at_once"] for row in rows if "at_once" in (run := row["runs"].get("cpu", {}))]
+    on_cpu = (f"On the CPU: the script, eager, on one thread, {max(beside)} runs at once. "
+              if beside else "")
     return [
-        "### cuda", "",
         "| Script | Environment | Eager, steps/s | with `--compile` | with CUDA graphs | SB3's "
         "| on the CPU | **ratio** | **compiled** | **graphs** "
         "| Peak MiB of the host: eager, compiled, graphs, SB3 "
         "| First point: eager, compiled, graphs (s) |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         *map(cuda_line, rows), "",
-        f"On {cards}, torch {torches}; width: of the two hidden layers of each network. Median "
-        f"[least, greatest] over {turns} rounds of turns, in which one run of each kind has a "
-        f"{TURN:.0%} of its steps, after {WARM_UP:.0%} of them that do not count. SB3 has the same "
-        "hyperparameters, on the GPU too; a ratio is to its turn of the same round. CUDA graphs: "
-        "`TORCHINDUCTOR_CUDAGRAPHS=1` beside `--compile`, which is what `torch.compile`'s mode "
-        "reduce-overhead sets. On the CPU: the script, eager, one thread, all rows at once on "
-        "their own cores. The first points are of runs that all started at once, with nothing "
-        f"compiled before. {measured(rows)}", "",
+        f"On {rows[0]['gpu']}, torch {torches}; width: of the two hidden layers of each network. "
+        "One run of each kind, in turns of a tenth of its steps: median [least, greatest] over the "
+        f"{len(ENDS) - 1} turns after the warm-up of {WARM_UP:.0%}. SB3 (sb3-contrib for TRPO) has "
+        "the same hyperparameters, on the GPU too; a ratio is to its turn of the same round. CUDA "
+        "graphs: `TORCHINDUCTOR_CUDAGRAPHS=1` beside `--compile`, which is what `torch.compile`'s "
+        f"mode reduce-overhead sets. {on_cpu}The first points are of runs that all started at "
+        f"once, with nothing compiled before. {measured(rows)}", "",
         *lines, *[""] * bool(lines),
-        "```", "python -m benchmarks cuda", "python -m benchmarks report", "```", "",
     ]

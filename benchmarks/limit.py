@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.runner import command_line, environment
-from benchmarks.speed import WARM_UP, facts, keep_row, measured, read_rows, row_name, spread
+from benchmarks.speed import WARM_UP, cpu, facts, keep_row, measured, read_rows, row_name, spread
 from benchmarks.suites import ROOT, BenchmarkError, Job, Task, commit_of, library_versions
 from benchmarks.suites import script_hash as hash_of
 
@@ -286,7 +286,7 @@ def short_of_targets(rows: list[dict[str, Any]]) -> list[str]:
                  for side, wanted in TARGETS.items() if found[side] < wanted]
         if short:
             name = f"{row_name(row)} on {row['env']}"
-            lines.append(f"- Short of its target: {name}, {', '.join(short)}")
+            lines.append(f"- Short of its target: {name}, {', '.join(short)} ({cpu(row)})")
     return lines
 
 
@@ -300,7 +300,7 @@ def limit_line(row: dict[str, Any]) -> str:
         whole = sum(total(x[side]) for x in rounds)
         parts = [sum(x[side][part] for x in rounds) / whole for part in PARTS]
         profiles.append(", ".join(f"{100 * x:.0f}" for x in parts))
-    return f"| {' | '.join(cells + profiles)} |"
+    return f"| {' | '.join([*cells, *profiles, cpu(row)])} |"
 
 
 def limit_section(rows: list[dict[str, Any]]) -> list[str]:
@@ -311,8 +311,8 @@ def limit_section(rows: list[dict[str, Any]]) -> list[str]:
         "### limit", "",
         "| Script | Environment | Environment, µs a step | Networks, µs | Eager, µs "
         "| **% of the limit** | Compiled, µs | **% of the limit** "
-        "| Eager: % collect, advantages, update, rest | Compiled |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|", *map(limit_line, rows), "",
+        "| Eager: % collect, advantages, update, rest | Compiled | CPU |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|", *map(limit_line, rows), "",
         "The limit: the environments replaying recorded actions, plus as many passes of the bare "
         "networks, no loss and no optimiser, as the script makes, at the same batch shapes "
         "(`benchmarks/limit.py`), done after each of its iterations, twice, and clocked the second "

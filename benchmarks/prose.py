@@ -16,6 +16,8 @@ number or, with :2 at its end, one of two decimals:
                                       with " ratio" median ratio to the peer
     {tokens|384|bf16|eager}           median tokens per second; or sample, compiled, graphs; with
                                       " share" of the card's peak, in percent
+
+What was timed on several machines gives the least and the greatest of their medians: 2.05 to 2.21.
 """
 
 import math
@@ -57,8 +59,7 @@ def of_row(kind: str, row: dict[str, Any], side: str) -> float:
         return statistics.median(math.inf if x is None else x for x in seconds)
     if kind == "cuda":
         side, _, ratio = side.partition(" ")
-        rates = cuda.ratios(row, side) if ratio else row["runs"][side]["sps"]
-        return statistics.median(rates)
+        return statistics.median((cuda.ratios if ratio else cuda.rates)(row, side))
     found = [seed[side] for seed in row["seeds"]]
     return statistics.median([x if side == "sync" else x["sps"] for x in found])
 
@@ -69,13 +70,15 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 }
 
 
-def lookup(words: list[str], suites: dict[str, list[Group]], results: Path) -> float | str:
+def lookup(words: list[str], suites: dict[str, list[Group]],
+           results: Path) -> float | str | tuple[float, float]:
+    """A figure, words, or the least and the greatest figure of several machines."""
     kind, *names, what = words
     if kind in READERS:
         script, env, variant = names
-        (row,) = [row for row in READERS[kind](results)
-                  if speed.row_key(row) == (script, env, variant, 1)]
-        return of_row(kind, row, what)
+        found = [of_row(kind, row, what) for row in READERS[kind](results)
+                 if speed.row_key(row)[:4] == (script, env, variant, 1)]
+        return found[0] if len(found) == 1 else (min(found), max(found))
     if kind == "tokens":
         width, precision = names
         part, _, share = what.partition(" ")
@@ -94,7 +97,9 @@ def fill(template: str, suites: dict[str, list[Group]], results: Path) -> str:
             found = lookup(words.split("|"), suites, results)
             if isinstance(found, str):
                 return found
-            return "never" if found == math.inf else f"{found:,.{int(digits or 0)}f}"
+            both = found if isinstance(found, tuple) else (found,)
+            texts = ["never" if x == math.inf else f"{x:,.{int(digits or 0)}f}" for x in both]
+            return " to ".join(dict.fromkeys(texts))
         except (KeyError, TypeError, ValueError) as error:
             raise BenchmarkError(f"{TEMPLATE.name}: no result for {field[0]}: {error!r}") from None
 

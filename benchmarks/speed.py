@@ -33,7 +33,6 @@ from benchmarks.suites import (
     Task,
     commit_of,
     library_versions,
-    python_version,
     script_hash,
 )
 
@@ -204,6 +203,11 @@ def row_name(row: dict[str, Any]) -> str:
     return row["script"] + f" ({row['variant']})" * bool(row["variant"])
 
 
+def cpu(row: dict[str, Any]) -> str:
+    """The processor's name as a cell of a table."""
+    return row["machine"]["cpu"].replace("(R)", "").removesuffix(" Processor")
+
+
 def measured(rows: list[dict[str, Any]]) -> str:
     """When and on what rows were measured, and which of an earlier text of their script."""
     machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
@@ -211,9 +215,7 @@ def measured(rows: list[dict[str, Any]]) -> str:
     when = f"{dates[0]} to {dates[-1]}" if dates[1:] else dates[0]
     scripts = {name: ROOT / f"{name}.py" for name in {row["script"] for row in rows}}
     current = {name: script_hash(path) for name, path in scripts.items() if path.is_file()}
-    # A hash is of the text that Python makes of a script, and differs from one Python to another.
-    ours = [row for row in rows if row["versions"]["python"] == python_version()]
-    stale = sorted({row_name(row) for row in ours
+    stale = sorted({row_name(row) for row in rows
                     if row["script_hash"] != current.get(row["script"], row["script_hash"])})
     earlier = f" Of an earlier text: {', '.join(stale)}." if stale else ""
     return f"Measured {when} on {'; '.join(machines)}.{earlier}"
@@ -243,8 +245,10 @@ def measure(task: Task, pairs: int, threads: int, work: Path, scripts: Path, say
     }
 
 
-def row_key(row: dict[str, Any]) -> tuple[str, str, str, int]:
-    return row["script"], row["env"], row["variant"], row["threads"]
+def row_key(row: dict[str, Any]) -> tuple[str, str, str, int, str, str]:
+    """What is measured and on what: rows of different processors stand side by side."""
+    where = row.get("gpu", ""), row.get("machine", {}).get("cpu", "")
+    return row["script"], row["env"], row["variant"], row["threads"], *where
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -252,7 +256,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_row(path: Path, row: dict[str, Any]) -> None:
-    """Write a row into its file, in place of the one of the same task."""
+    """Write a row into its file, in place of the one of the same task and machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with directory_lock(path.parent, wait=True):
         rows = {row_key(x): x for x in [*read_rows(path), row]}
@@ -301,6 +305,7 @@ def speed_line(row: dict[str, Any]) -> str:
         cells += ["-", "-", "-"]
     cells += [", ".join(peak.values())]
     cells += [f"{cold:.0f}, {statistics.median(warm):.0f}" if warm else f"{cold:.0f}, -"]
+    cells += [cpu(row)]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -317,7 +322,8 @@ def short_of_targets(rows: list[dict[str, Any]]) -> list[str]:
         short = [f"{side} {found[side]:.2f} times the peer, not {least}"
                  for side, least in wanted.items() if found[side] < least]
         if short:
-            lines.append(f"- Short of its target: {name} on {row['env']}, {', '.join(short)}")
+            lines.append(f"- Short of its target: {name} on {row['env']}, {', '.join(short)} "
+                         f"({cpu(row)})")
     return lines
 
 
@@ -327,8 +333,8 @@ def speed_section(rows: list[dict[str, Any]]) -> list[str]:
         "### speed", "",
         "| Script | Environment | Threads | Pairs | Steps/s | with `--compile` | SB3's steps/s "
         "| **ratio** | **compiled** | Peak MiB: eager, compiled, SB3 "
-        "| First point, compiled: cold, warm (s) |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| First point, compiled: cold, warm (s) | CPU |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     lines += [speed_line(row) for row in rows]
     more = sorted({row["threads"] for row in rows} - {1})

@@ -22,6 +22,7 @@ from benchmarks.results import read_scalars
 from benchmarks.speed import (
     CACHE,
     TimedRun,
+    cpu,
     facts,
     keep_row,
     make_job,
@@ -129,6 +130,7 @@ def threshold_line(row: dict[str, Any]) -> str:
     cells = [name, row["env"], f"{row['level']:g}", len(runs["eager"])]
     cells += [median([run["seconds"] for run in each]) for each in runs.values()]
     cells += [median([run["steps"] for run in runs[side]]) for side in ("eager", "peer")]
+    cells += [cpu(row)]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -139,8 +141,8 @@ def threshold_section(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "### threshold", "",
         "| Script | Environment | Return | Seeds | Seconds | with `--compile` | SB3's seconds "
-        "| Steps | SB3's steps |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|", *map(threshold_line, rows), "",
+        "| Steps | SB3's steps | CPU |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|", *map(threshold_line, rows), "",
         "From the start of the process until the mean return of the last 100 training episodes is "
         "at the level: median [least, greatest] over the seeds; never: not within the run's steps. "
         "Stable-Baselines3 with the same hyperparameters, runs one after the other, on one thread. "

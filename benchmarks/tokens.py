@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.cuda import gpu_name
 from benchmarks.results import directory_lock, machine, write_atomically
-from benchmarks.speed import spread
-from benchmarks.suites import ROOT, commit_of, python_version, script_hash
+from benchmarks.speed import cpu, spread
+from benchmarks.suites import ROOT, commit_of, digest, python_version
 
 FILE = "tokens.json"
 SIZES = ((384, 6, 6), (1024, 8, 16))  # width, layers, heads: 11 and 101 M parameters
@@ -165,37 +165,44 @@ def key(row: dict[str, Any]) -> tuple[int, bool]:
 
 
 def tokens(results: Path, repeats: int) -> None:
-    """Measure what the results file does not hold of this script and card yet; it is written anew
-    after each part."""
-    gpu = gpu_name()
-    same = {"gpu": gpu, "torch": torch.__version__, "machine": machine(),
-            "python": python_version(), "commit": commit_of(ROOT / "grpo_rloo.py"),
-            "script_hash": script_hash(ROOT / "grpo_rloo.py")}
-    measured: dict[str, Any] = {}
-    if (results / FILE).exists():
-        measured = json.loads((results / FILE).read_text())
-    identity = [name for name in same if name != "commit"]
-    if [measured.get(name) for name in identity] != [same[name] for name in identity]:
-        measured = same | {"rows": []}
-    rows = {key(row): row for row in measured["rows"]}
-    measured["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    if "peak" not in measured:
+    """Measure what the results file does not hold of this script, torch and machine; it is written
+    anew after each part."""
+    script = ROOT / "grpo_rloo.py"
+    same = {"gpu": gpu_name(), "torch": torch.__version__, "machine": machine(),
+            "python": python_version(), "text": digest(script.read_text())}
+    cards = read_tokens(results)
+    found = [x for x in cards if {name: x[name] for name in same} == same]
+    if not found:
         peaks = {"bf16": torch.bfloat16, "f32": torch.float32}
-        measured["peak"] = {name: round(matmul_peak("cuda", x)) for name, x in peaks.items()}
+        peak = {name: round(matmul_peak("cuda", x)) for name, x in peaks.items()}
+        found = [same | {"commit": commit_of(script), "peak": peak, "rows": []}]
+        cards.append(found[0])
+    measured = found[0]
+    rows = {key(row): row for row in measured["rows"]}
     results.mkdir(parents=True, exist_ok=True)
     for size, bf16, modes in todo():
         row = rows.get((size[0], bf16), {"parts": {}})
-        if set(modes) <= set(row["parts"]):
+        if all("seconds" in row["parts"].get(mode, {}) for mode in modes):
             continue
         torch.cuda.reset_peak_memory_stats()
-        found = measure(size, bf16, modes, repeats)
+        try:
+            found = measure(size, bf16, modes, repeats)
+        except torch.OutOfMemoryError as error:
+            print(f"width {size[0]}, {', '.join(modes)}: {error!s:.80}", flush=True)
+            continue
         most = max(row.get("peak_gib", 0), round(torch.cuda.max_memory_allocated() / 2**30, 1))
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
         parts = row["parts"] | found["parts"]
-        rows[key(found)] = found | {"peak_gib": most, "parts": parts}
+        rows[key(found)] = found | {"peak_gib": most, "date": date, "parts": parts}
         measured["rows"] = list(rows.values())
         print(*tokens_lines(found, measured["peak"]), sep="\n", flush=True)
         with directory_lock(results, wait=True):
-            write_atomically(results / FILE, json.dumps(measured, indent=1) + "\n")
+            write_atomically(results / FILE, json.dumps(cards, indent=1) + "\n")
+
+
+def read_tokens(results: Path) -> list[dict[str, Any]]:
+    """What was measured, card by card."""
+    return json.loads((results / FILE).read_text()) if (results / FILE).exists() else []
 
 
 def missing(rows: list[dict[str, Any]]) -> list[str]:
@@ -217,12 +224,10 @@ def of_peak(row: dict[str, Any], part: str, peaks: dict[str, Any]) -> tuple[list
 
 
 def rates_and_shares(results: Path, width: int, bf16: bool, part: str) -> tuple[list, list]:
-    """of_peak() of a row of the results file; KeyError if it is not there."""
-    if not (results / FILE).exists():
-        raise KeyError(FILE)
-    measured = json.loads((results / FILE).read_text())
-    row = {key(row): row for row in measured["rows"]}[width, bf16]
-    return of_peak(row, part, measured["peak"])
+    """of_peak() of a row of the last card in the results file; KeyError if it is not there."""
+    rows = {key(row): (row, card) for card in read_tokens(results) for row in card["rows"]}
+    row, card = rows[width, bf16]
+    return of_peak(row, part, card["peak"])
 
 
 def tokens_lines(row: dict[str, Any], peaks: dict[str, Any]) -> list[str]:
@@ -237,31 +242,34 @@ def tokens_lines(row: dict[str, Any], peaks: dict[str, Any]) -> list[str]:
 
 
 def tokens_section(results: Path) -> list[str]:
-    """The table, in Markdown; empty if nothing was measured."""
-    if not (results / FILE).exists():
-        return []
-    found = json.loads((results / FILE).read_text())
-    first, peaks = found["rows"][0], found["peak"]
-    stale = found["script_hash"] != script_hash(ROOT / "grpo_rloo.py")
-    stale &= found["python"] == python_version()  # the hash differs from one Python to another
-    earlier = " The script has changed since." * stale
-    batch, lines = first["prompts"] * GROUP, missing(found["rows"])
-    calls = min(len(part["seconds"]) for row in found["rows"] for part in row["parts"].values())
+    """A table for each card, in Markdown; empty if nothing was measured."""
+    cards, lines = read_tokens(results), ["### tokens", ""]
+    for found in cards:
+        lines += card_table(found)
+    command = ["```", "python -m benchmarks tokens", "python -m benchmarks report", "```", ""]
+    return [*lines, *command] if cards else []
+
+
+def card_table(found: dict[str, Any]) -> list[str]:
+    rows, peaks, lines = found["rows"], found["peak"], missing(found["rows"])
+    batch, dates = rows[0]["prompts"] * GROUP, sorted({row["date"] for row in rows})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    calls = min(len(part["seconds"]) for row in rows for part in row["parts"].values())
+    stale = found["text"] != digest((ROOT / "grpo_rloo.py").read_text())
+    earlier = " The script's text has changed since." * stale
     return [
-        "### tokens", "",
         "| Parameters | Precision | | Tokens/s | % of the card's peak |",
         "|--:|---|---|--:|--:|",
-        *(line for row in found["rows"] for line in tokens_lines(row, peaks)), "",
+        *(line for row in rows for line in tokens_lines(row, peaks)), "",
         f"grpo_rloo.py's network, larger, on {found['gpu']}, torch {found['torch']}; bf16: under "
-        f"torch.autocast. Sampling: {batch:,} completions of {first['new']} tokens for "
-        f"{first['prompts']} prompts of {first['prompt']}; training: an update (loss, gradient, "
-        f"clip, Adam) on {batch // MINIBATCHES:,} of them; tokens are those of completions. The "
-        "peak is what the card does on the product of two random matrices of 8192 rows: "
-        f"{peaks['bf16'] / 1e12:.0f} TFLOP/s in bf16, {peaks['f32'] / 1e12:.0f} in f32; the "
-        "operations counted are those of the matrix products, attention's too. "
-        f"Median [least, greatest] of {calls} calls. "
-        f"Most memory: {max(row['peak_gib'] for row in found['rows'])} "
-        f"GiB. Measured {found['date']} beside {found['machine']['cpu']}.{earlier}", "",
+        f"torch.autocast. Sampling: {batch:,} completions of {rows[0]['new']} tokens for "
+        f"{rows[0]['prompts']} prompts of {rows[0]['prompt']}; training: an update (loss, "
+        f"gradient, clip, Adam) on {batch // MINIBATCHES:,} of them; tokens are those of "
+        "completions. The peak is what the card does on the product of two random matrices of "
+        f"8192 rows: {peaks['bf16'] / 1e12:.0f} TFLOP/s in bf16, {peaks['f32'] / 1e12:.0f} in "
+        "f32; the operations counted are those of the matrix products, attention's too. Median "
+        f"[least, greatest] of {calls} calls. Most memory: "
+        f"{max(row['peak_gib'] for row in rows)} GiB. Measured {when} beside "
+        f"{cpu(found)}.{earlier}", "",
         *lines, *[""] * bool(lines),
-        "```", "python -m benchmarks tokens", "python -m benchmarks report", "```", "",
     ]

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -551,10 +552,14 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
     found = prose_of("{speed|a2c|E|v|eager:2} {limit|a2c|E|v|eager} {threshold|a2c|E|v|peer} "
                      "{threshold|a2c|E|v|compiled} {scaling|a2c|E|v|eager} {scaling|a2c|E|v|sync}")
     assert found == "2.50 60 5 never 12,345 67"
+    rows = [row | {"machine": {"cpu": cpu}, "runs": sides({"sps": x}, {"sps": 10.0})}
+            for cpu, x in (("x", 25.0), ("y", 22.0), ("z", 24.0))]
+    (tmp_path / "speed.json").write_text(json.dumps(rows))
+    assert prose_of("{speed|a2c|E|v|eager:2} {speed|a2c|E|v|eager}") == "2.20 to 2.50 2"
     part = {"tokens": 100, "operations": 2000, "seconds": [2.0, 1.0, 4.0]}
     rows = [{"width": 384, "bf16": bf16, "parts": {"eager": part}} for bf16 in (True, False)]
-    peaks = {"bf16": 4000, "f32": 2000}
-    (tmp_path / "tokens.json").write_text(json.dumps({"rows": rows, "peak": peaks}))
+    card = {"rows": rows, "peak": {"bf16": 4000, "f32": 2000}}
+    (tmp_path / "tokens.json").write_text(json.dumps([card]))
     assert prose_of("{cuda|a2c|E|v|graphs} {cuda|a2c|E|v|graphs ratio} {tokens|384|bf16|eager} "
                     "{tokens|384|bf16|eager share} {tokens|384|f32|eager share}") == "8 3 50 25 50"
     for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{x}",
@@ -824,21 +829,24 @@ def test_the_tasks_with_more_threads_are_those_with_one():
 
 
 def test_speed_below_its_target_is_named():
-    row = {"script": "ppo_continuous", "variant": "v", "env": "E", "threads": 1, "runs": {
+    on: dict[str, Any] = {"machine": {"cpu": "Some(R) CPU Processor"}}
+    row = on | {"script": "ppo_continuous", "variant": "v", "env": "E", "threads": 1, "runs": {
         "eager": [{"sps": x} for x in (21, 22, 90)], "compiled": [{"sps": 26}] * 3,
         "peer": [{"sps": 10}] * 3}}
     assert speed.short_of_targets([row]) == []
     row["runs"]["eager"][1]["sps"] = 21.9
     assert speed.short_of_targets([row, row | {"threads": 2}]) == [
-        "- Short of its target: ppo_continuous (v) on E, eager 2.19 times the peer, not 2.2"]
+        "- Short of its target: ppo_continuous (v) on E, eager 2.19 times the peer, not 2.2 "
+        "(Some CPU)"]
     row["runs"]["compiled"] = [{"sps": 1}] * 3
     assert "2.2, compiled 0.10 times the peer, not 2.6" in speed.short_of_targets([row])[0]
     del row["runs"]["peer"]
     assert speed.short_of_targets([row]) == []
-    row = {"script": "trpo", "variant": "4 x 512", "env": "E", "threads": 1, "runs": {
+    row = on | {"script": "trpo", "variant": "4 x 512", "env": "E", "threads": 1, "runs": {
         "eager": [{"sps": 24}], "compiled": [{"sps": 1}], "peer": [{"sps": 10}]}}
     assert speed.short_of_targets([row]) == [
-        "- Short of its target: trpo (4 x 512) on E, eager 2.40 times the peer, not 2.5"]
+        "- Short of its target: trpo (4 x 512) on E, eager 2.40 times the peer, not 2.5 "
+        "(Some CPU)"]
     row["variant"] = "another"
     assert speed.short_of_targets([row]) == []
 
@@ -865,11 +873,12 @@ def test_only_the_first_compiled_run_is_a_cold_one(monkeypatch, tmp_path):
     ]
 
 
-def test_rows_of_other_threads_stand_side_by_side(tmp_path):
+def test_rows_of_other_threads_and_machines_stand_side_by_side(tmp_path):
     row = {"script": "ppo", "env": "CartPole-v1", "variant": ""}
-    for threads, runs in ((1, "a"), (2, "b"), (1, "c")):
-        speed.keep_row(tmp_path / "speed.json", row | {"threads": threads, "runs": runs})
-    assert [x["runs"] for x in speed.read_speed(tmp_path)] == ["c", "b"]
+    for threads, cpu, runs in ((1, "x", "a"), (2, "x", "b"), (1, "x", "c"), (1, "y", "d")):
+        of_one = {"threads": threads, "machine": {"cpu": cpu}, "runs": runs}
+        speed.keep_row(tmp_path / "speed.json", row | of_one)
+    assert [x["runs"] for x in speed.read_speed(tmp_path)] == ["c", "d", "b"]
 
 
 def test_speed_end_to_end(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -36,8 +37,15 @@ def test_a_turns_rate_is_of_its_own_steps_and_seconds():
     assert cuda.turn_rates(steps, times, turns, active) == [100, 50]
     # A turn without a point of its own has no rate; its seconds are the next one's.
     late = np.array([1, 2, 3, 10.5, 10.9, 10.95, 22])
-    assert cuda.turn_rates(steps, late, [*turns[:2], (15.0, 15.0), turns[2]], active)[1:] == [
-        pytest.approx(50 / 2.05)]
+    turns.insert(2, (15.0, 15.0))
+    assert cuda.turn_rates(steps, late, turns, active)[1:] == [None, 24.4]  # 50 in 2.05 s
+
+
+def test_ratios_are_taken_within_rounds():
+    runs = {"eager": {"sps": [2, None, 8, 9]}, "peer": {"sps": [1, 5, 2, None]}, "cpu": {}}
+    row = {"runs": runs | {"graphs": {"failed": "so"}}}
+    assert cuda.ratios(row, "eager") == [2, 4] and cuda.rates(row, "eager") == [2, 8, 9]
+    assert cuda.ratios(row, "graphs") == cuda.rates(row, "cpu") == cuda.rates(row, "none") == []
 
 
 PROGRAM = b"""if True:
@@ -48,7 +56,7 @@ PROGRAM = b"""if True:
         sys.exit("no graphs today")
     assert "TORCHINDUCTOR_CUDAGRAPHS" not in os.environ
     assert ("--compile" in sys.argv) == (side == "compiled")
-    assert ("--device" in sys.argv) == (not side.startswith("cpu"))
+    assert ("--device" in sys.argv) == (side in ("eager", "compiled", "peer"))
     for step in range(20, 401, 20):
         time.sleep(0.03)
         with open("points.txt", "a") as file:
@@ -78,8 +86,8 @@ def test_sides_warm_up_together_and_take_turns_and_a_failed_one_is_named(tmp_pat
     for row in rows:
         assert row["runs"]["graphs"]["failed"].endswith("status 1: no graphs today")
         for side in ("eager", "compiled"):
-            rates = row["runs"][side]["sps"]  # a turn that another step slips into leaves one empty
-            assert 5 <= len(rates) <= 7 and min(rates) > 0
+            assert len(row["runs"][side]["sps"]) == 7
+            assert len(cuda.rates(row, side)) >= 5  # a step that slips in leaves a turn empty
     for number in "01":  # six steps of each in the warm-up, whatever the others do; then in turns
         times = {side: np.loadtxt(tmp_path / "w" / number / side / "points.txt")[:, 1]
                  for side in ("eager", "compiled", "peer")}
@@ -87,8 +95,15 @@ def test_sides_warm_up_together_and_take_turns_and_a_failed_one_is_named(tmp_pat
         changes = sum(a[1] != b[1] for a, b in itertools.pairwise(owner))
         assert changes <= 3 * 8  # of up to 36
         assert max(each[0] for each in times.values()) < min(each[-1] for each in times.values())
-    (found,) = cuda.on_cpus(tasks[:1], tmp_path / "w", ROOT)
-    assert 5 <= len(found["sps"]) <= 7
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    found: dict[str, Any] = {}
+    cuda.on_cpus(tasks, tmp_path / "w", ROOT, lambda task, x: found.update({task.variant: x}))
+    assert list(found) == ["a", "b"] and {x["at_once"] for x in found.values()} == {1}
+    times = [np.loadtxt(tmp_path / "w" / "cpu" / f"ppo-({x})" / "points.txt")[:, 1] for x in "ab"]
+    assert times[0][-1] < times[1][0]  # one core, one run
+    for each, seconds in zip(found.values(), times):
+        rate = 280 / (seconds[-1] - seconds[5])  # from 30 % on
+        assert len(each["sps"]) == 7 and np.median(each["sps"]) == pytest.approx(rate, rel=0.5)
     text = "\n".join(cuda.cuda_section(rows))
     assert "- Failed: ppo (a), graphs: " in text and "| failed |" in text
     assert re.search(r"- Missing: a2c on CartPole-v1: width 64; width 256; width 1024", text)
@@ -108,17 +123,36 @@ def test_what_the_file_holds_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "make_job", fake_job)
     monkeypatch.setattr(cuda, "measure", measure)
     monkeypatch.setattr(cuda, "gpu_name", lambda: "a card")
-    on_cpus = lambda tasks, *_: [{"sps": [1.0]} for _ in tasks]
+    timed: list[str] = []
+
+    def on_cpus(tasks, work, scripts, keep):
+        for task in tasks:
+            timed.append(task.label)
+            keep(task, {"sps": [1.0]})
+
     monkeypatch.setattr(cuda, "on_cpus", on_cpus)
     tasks = [suites.Task("ppo", "CartPole-v1", 400, variant=name) for name in ("a", "b")]
     cuda.cuda(tasks[:1], tmp_path, tmp_path, ROOT)
     cuda.cuda(tasks, tmp_path, tmp_path, ROOT)
     cuda.cuda(tasks, tmp_path, tmp_path, ROOT)
-    assert measured == ["ppo (a)", "ppo (b)"]
+    assert measured == timed == ["ppo (a)", "ppo (b)"]
     assert all(row["runs"]["cpu"] == {"sps": [1.0]} for row in cuda.read_cuda(tmp_path))
     monkeypatch.setattr(cuda, "gpu_name", lambda: "another card")
     cuda.cuda(tasks, tmp_path, tmp_path, ROOT)
-    assert measured == ["ppo (a)", "ppo (b)"] * 2
+    assert measured == timed == ["ppo (a)", "ppo (b)"] * 2
+    rows = cuda.read_cuda(tmp_path)
+    assert len(rows) == 4 and "\n".join(cuda.cuda_section(rows)).count("| ppo (a) |") == 2
+    # What failed, or was of other libraries or flags, is measured anew.
+    rows[0]["runs"]["graphs"] = {"failed": "no memory"}
+    rows[1]["versions"] = {"python": "3", "torch": "1"}
+    rows[2]["runs"]["cpu"], rows[3]["flags"] = {"failed": "killed"}, {"hidden_size": 5}
+    (tmp_path / cuda.FILE).write_text(json.dumps(rows))
+    labels = [f"ppo ({row['variant']})" for row in rows]
+    for name in ("a card", "another card"):
+        monkeypatch.setattr(cuda, "gpu_name", lambda name=name: name)
+        cuda.cuda(tasks, tmp_path, tmp_path, ROOT)
+    assert sorted(measured[4:]) == sorted([labels[0], labels[1], labels[3]])
+    assert sorted(timed[4:]) == sorted(labels)
 
 
 SIZES = {"prompts": 16, "prompt": 8, "new": 6}
@@ -177,13 +211,27 @@ def test_parts_are_measured_once_and_shares_are_of_the_peak(tmp_path, monkeypatc
     assert "Missing" not in text
     tokens.tokens(tmp_path, 2)
     assert len(calls) == 10
-    found = json.loads((tmp_path / tokens.FILE).read_text())
+    (found,) = tokens.read_tokens(tmp_path)
     del found["rows"][0]["parts"]["sample"], found["rows"][0]["parts"]["graphs"]
-    (tmp_path / tokens.FILE).write_text(json.dumps(found))
+    (tmp_path / tokens.FILE).write_text(json.dumps([found]))
     text = "\n".join(tokens.tokens_section(tmp_path))
     assert "- Missing: width 384, 6 layers, bf16: sampling; training, graphs" in text
     tokens.tokens(tmp_path, 2)
     assert calls[10:] == [(384, True, "sample"), (384, True, "eager", "compiled", "graphs")]
+    # Another card's rows stand beside the first one's; what finds no memory is left out.
+    monkeypatch.setattr(tokens, "gpu_name", lambda: "a small card")
+
+    def without_memory(size, bf16, modes, repeats):
+        if size[0] > 384:
+            raise torch.OutOfMemoryError("out of memory")
+        return measure(size, bf16, modes, repeats)
+
+    monkeypatch.setattr(tokens, "measure", without_memory)
+    tokens.tokens(tmp_path, 2)
+    assert [len(card["rows"]) for card in tokens.read_tokens(tmp_path)] == [4, 2]
+    text = "\n".join(tokens.tokens_section(tmp_path))
+    assert "on a card," in text and "on a small card," in text
+    assert "- Missing: width 1024, 8 layers, f32: sampling; training, eager" in text
 
 
 def test_curves_without_enough_points_are_no_rate(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import limit
 from benchmarks.__main__ import main
+from benchmarks.speed import cpu
 from benchmarks.suites import BenchmarkError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,8 @@ def test_limit_measures_in_rounds(script, env, tmp_path, capsys):
     eager, compiled = ([sum(x[side][part] for x in row["rounds"]) for part in limit.PARTS]
                        for side in ("eager", "compiled"))
     percent = lambda parts: ", ".join(f"{100 * x / sum(parts):.0f}" for x in parts)
-    assert limit.limit_line(row).endswith(f" | {percent(eager)} | {percent(compiled)} |")
+    profiles = f" | {percent(eager)} | {percent(compiled)} | "
+    assert limit.limit_line(row).endswith(profiles + f"{cpu(row)} |")
     table = "\n".join(limit.limit_section(limit.read_limit(tmp_path)))
     assert limit.limit_line(row) in table and limit.limit_line(row) in capsys.readouterr().out
     assert limit.limit_section([]) == []
@@ -120,8 +122,9 @@ def test_a_share_below_its_target_is_named():
     def row(eager, compiled):
         rounds = [{"eager": part | bare(x), "compiled": part | bare(compiled)}
                   for x in (1, eager, 99)]
-        return {"script": "a2c", "variant": "v", "env": "E", "rounds": rounds}
+        return {"script": "a2c", "variant": "v", "env": "E", "rounds": rounds,
+                "machine": {"cpu": "Some(R) CPU Processor"}}
     assert limit.short_of_targets([row(40, 50)]) == []
     assert limit.short_of_targets([row(39, 50), row(40, 49)]) == [
-        "- Short of its target: a2c (v) on E, eager 39.0 % of the limit, not 40",
-        "- Short of its target: a2c (v) on E, compiled 49.0 % of the limit, not 50"]
+        "- Short of its target: a2c (v) on E, eager 39.0 % of the limit, not 40 (Some CPU)",
+        "- Short of its target: a2c (v) on E, compiled 49.0 % of the limit, not 50 (Some CPU)"]
