@@ -12,12 +12,13 @@ number or, with :2 at its end, one of two decimals:
     {threshold|ppo|CartPole-v1||eager}    median seconds; or compiled, peer
     {scaling|ppo|CartPole-v1|4 environments|eager}    median steps per second; or compiled, or sync,
                                       of the environments alone
-    {cuda|ppo|CartPole-v1|width 64|eager}    median steps per second; or compiled, graphs, peer;
-                                      with " ratio" median ratio to the peer
+    {cuda|ppo|CartPole-v1|width 64|eager}    median steps per second; or compiled, graphs, peer,
+                                      cpu; with " ratio" median ratio to the peer
     {tokens|384|bf16|eager}           median tokens per second; or sample, compiled, graphs; with
                                       " share" of the card's peak, in percent
 
-What was timed on several machines gives the least and the greatest of their medians: 2.05 to 2.21.
+What was timed on several machines, or has a * for its script, environment or variant, gives the
+least and the greatest of the medians: 2.05 to 2.21.
 """
 
 import math
@@ -72,12 +73,12 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 
 def lookup(words: list[str], suites: dict[str, list[Group]],
            results: Path) -> float | str | tuple[float, float]:
-    """A figure, words, or the least and the greatest figure of several machines."""
+    """A figure, words, or the least and the greatest figure of several rows."""
     kind, *names, what = words
     if kind in READERS:
-        script, env, variant = names
         found = [of_row(kind, row, what) for row in READERS[kind](results)
-                 if speed.row_key(row)[:4] == (script, env, variant, 1)]
+                 if (key := speed.row_key(row))[3] == 1
+                 and all(name in (x, "*") for x, name in zip(key, names))]
         return found[0] if len(found) == 1 else (min(found), max(found))
     if kind == "tokens":
         width, precision = names

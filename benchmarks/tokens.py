@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from benchmarks.cuda import gpu_name
 from benchmarks.results import directory_lock, machine, write_atomically
 from benchmarks.speed import cpu, spread
-from benchmarks.suites import ROOT, commit_of, digest, python_version
+from benchmarks.suites import BANNER, ROOT, commit_of, digest, python_version
 
 FILE = "tokens.json"
+SCRIPT = ROOT / "grpo_rloo.py"
 SIZES = ((384, 6, 6), (1024, 8, 16))  # width, layers, heads: 11 and 101 M parameters
 PROMPTS, GROUP, PROMPT, NEW, MINIBATCHES = 256, 8, 32, 128, 8
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}
@@ -160,6 +161,11 @@ def todo() -> list[tuple[tuple[int, int, int], bool, list[str]]]:
     return found + [(size, True, list(MODES)) for size in SIZES]
 
 
+def text_digest(source: str) -> str:
+    """Of the script above its plumbing, comments too: the same whatever Python reads it."""
+    return digest(source.partition(f"\n{BANNER}")[0])
+
+
 def key(row: dict[str, Any]) -> tuple[int, bool]:
     return row["width"], row["bf16"]
 
@@ -167,15 +173,14 @@ def key(row: dict[str, Any]) -> tuple[int, bool]:
 def tokens(results: Path, repeats: int) -> None:
     """Measure what the results file does not hold of this script, torch and machine; it is written
     anew after each part."""
-    script = ROOT / "grpo_rloo.py"
     same = {"gpu": gpu_name(), "torch": torch.__version__, "machine": machine(),
-            "python": python_version(), "text": digest(script.read_text())}
+            "python": python_version(), "text": text_digest(SCRIPT.read_text())}
     cards = read_tokens(results)
     found = [x for x in cards if {name: x[name] for name in same} == same]
     if not found:
         peaks = {"bf16": torch.bfloat16, "f32": torch.float32}
         peak = {name: round(matmul_peak("cuda", x)) for name, x in peaks.items()}
-        found = [same | {"commit": commit_of(script), "peak": peak, "rows": []}]
+        found = [same | {"commit": commit_of(SCRIPT), "peak": peak, "rows": []}]
         cards.append(found[0])
     measured = found[0]
     rows = {key(row): row for row in measured["rows"]}
@@ -255,7 +260,7 @@ def card_table(found: dict[str, Any]) -> list[str]:
     batch, dates = rows[0]["prompts"] * GROUP, sorted({row["date"] for row in rows})
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     calls = min(len(part["seconds"]) for row in rows for part in row["parts"].values())
-    stale = found["text"] != digest((ROOT / "grpo_rloo.py").read_text())
+    stale = found["text"] != text_digest(SCRIPT.read_text())
     earlier = " The script's text has changed since." * stale
     return [
         "| Parameters | Precision | | Tokens/s | % of the card's peak |",

@@ -556,6 +556,9 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
             for cpu, x in (("x", 25.0), ("y", 22.0), ("z", 24.0))]
     (tmp_path / "speed.json").write_text(json.dumps(rows))
     assert prose_of("{speed|a2c|E|v|eager:2} {speed|a2c|E|v|eager}") == "2.20 to 2.50 2"
+    other = rows[0] | {"variant": "w", "runs": sides({"sps": 30.0}, {"sps": 10.0})}
+    (tmp_path / "speed.json").write_text(json.dumps([*rows, other, other | {"threads": 2}]))
+    assert prose_of("{speed|*|E|*|eager:1} {speed|*|*|v|eager:1}") == "2.2 to 3.0 2.2 to 2.5"
     part = {"tokens": 100, "operations": 2000, "seconds": [2.0, 1.0, 4.0]}
     rows = [{"width": 384, "bf16": bf16, "parts": {"eager": part}} for bf16 in (True, False)]
     card = {"rows": rows, "peak": {"bf16": 4000, "f32": 2000}}
@@ -564,6 +567,7 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
                     "{tokens|384|bf16|eager share} {tokens|384|f32|eager share}") == "8 3 50 25 50"
     for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{x}",
                   "{tokens|64|bf16|eager}", "{cuda|a2c|E|v|eager}", "{speed|a2c|E||eager}",
+                  "{speed|*|F|*|eager}",
                   "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
             prose_of(wrong)

@@ -884,6 +884,12 @@ def test_a_bad_task_file_is_refused_with_its_line(lines, words, tmp_path, capsys
     assert ended.value.code == 2 and words in said and said.count("\n") == 1
 
 
+def test_auto_takes_cuda_where_there_is_one(monkeypatch):
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert grpo_rloo.check_args(Args()).type == device
+
+
 def test_padding_is_no_answer():
     """A question mark may be one; what stands for padding may not."""
     assert grpo_rloo.decode([PAD]) != "?" and grpo_rloo.reward("file", "x", "?", "?") == 1

@@ -706,6 +706,19 @@ def test_cuda_absent_and_moviepy_missing(script, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_auto_takes_cuda_for_wide_networks_alone(script, monkeypatch):
+    module = importlib.import_module(script)
+    taken = lambda **flags: module.check_args(module.Args(**flags)).type
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for width, device in ((64, "cpu"), (256, "cpu"), (257, "cuda"), (1024, "cuda")):
+        assert taken(hidden_size=width) == device
+        assert taken(hidden_size=width, device="cuda") == "cuda"
+        assert taken(hidden_size=width, device="cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert taken(hidden_size=1024) == "cpu"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_directory_that_cannot_be(script, finished, monkeypatch, tmp_path, capsys):
     run_dir, _ = finished(script)
     flags = ["--run-dir", str(run_dir)]
