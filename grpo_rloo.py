@@ -34,12 +34,13 @@ How far to step: at the first update pi = pi_old, every ratio is 1 and the clip 
 (cispo: -sum w A log pi), for grpo, rloo and gspo 0, as A cancels in a group; its gradient is not.
 
 Deviations: a warm start makes pi_ref, and its Adam goes on; none of these papers has the entropy
-bonus; RLOO's has no clip; REINFORCE++ takes its KL off token by token; cispo's 0.28 is ours, and
-its paper has dapo's sampling and penalty; "sum" and B are those of a minibatch. Curves: reward and
-accuracy rise; zero_std: share of groups with equal rewards. losses are of the groups learnt from:
-dynamic sampling leaves easy ones out. entropy near 0 with poor accuracy: exploration died, as a
-group that is wrong all alike gives no gradient: raise temperature, ent_coef or clip_coef_high;
-accuracy near 0 with a high entropy: lower them. truncated: L is short.
+bonus; RLOO's has no clip; REINFORCE++ takes its KL off token by token; grpo's 0.2 and cispo's 0.28
+are ours: their papers give no number; cispo's paper has dapo's sampling and penalty; "sum" and B
+are those of a minibatch. Curves: reward and accuracy rise; zero_std: share of groups with equal
+rewards. losses are of the groups learnt from: dynamic sampling leaves easy ones out. entropy near 0
+with poor accuracy: exploration died, as a group that is wrong all alike gives no gradient: raise
+temperature, ent_coef or clip_coef_high; accuracy near 0 with a high entropy: lower them. truncated:
+L is short.
 
 Run: python grpo_rloo.py grpo            All flags: python grpo_rloo.py grpo --help
 """
