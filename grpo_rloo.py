@@ -35,12 +35,11 @@ How far to step: at the first update pi = pi_old, every ratio is 1 and the clip 
 
 Deviations: a warm start makes pi_ref, and its Adam goes on; none of these papers has the entropy
 bonus; RLOO's has no clip; REINFORCE++ takes its KL off token by token; grpo's 0.2 and cispo's 0.28
-are ours: their papers give no number; cispo's paper has dapo's sampling and penalty; "sum" and B
-are those of a minibatch. Curves: reward and accuracy rise; zero_std: share of groups with equal
-rewards. losses are of the groups learnt from: dynamic sampling leaves easy ones out. entropy near 0
-with poor accuracy: exploration died, as a group that is wrong all alike gives no gradient: raise
-temperature, ent_coef or clip_coef_high; accuracy near 0 with a high entropy: lower them. truncated:
-L is short.
+are ours, and cispo's paper has dapo's sampling and penalty; "sum" and B are those of a minibatch.
+Curves: reward and accuracy rise; zero_std: share of groups with equal rewards. losses are of the
+groups learnt from: dynamic sampling leaves easy ones out. entropy near 0 with poor accuracy:
+exploration died, as a group that is wrong all alike gives no gradient: raise temperature, ent_coef
+or clip_coef_high; accuracy near 0 with a high entropy: lower them. truncated: L is short.
 
 Run: python grpo_rloo.py grpo            All flags: python grpo_rloo.py grpo --help
 """
@@ -665,13 +664,11 @@ def check_args(args: Args) -> torch.device:
                 refuse(f"--{name.replace('_', '-')} must be {words}, not {value}")
     if getattr(args, "capture_video", False) and not importlib.util.find_spec("moviepy"):
         refuse("--capture-video needs moviepy: pip install moviepy")
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
+    auto = ("cpu", "cuda")[torch.cuda.is_available() and getattr(args, "hidden_size", 512) > 256]
+    if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda, but torch finds no CUDA device here: use --device cpu")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    # Networks up to a width of 256 are as a rule faster on the CPU: README's table "cuda".
-    auto = "cuda" if cuda and getattr(args, "hidden_size", math.inf) > 256 else "cpu"
     return torch.device(auto if args.device == "auto" else args.device)
 
 

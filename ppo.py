@@ -505,13 +505,11 @@ def check_args(args: Args) -> torch.device:
                 refuse(f"--{name.replace('_', '-')} must be {words}, not {value}")
     if getattr(args, "capture_video", False) and not importlib.util.find_spec("moviepy"):
         refuse("--capture-video needs moviepy: pip install moviepy")
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
+    auto = ("cpu", "cuda")[torch.cuda.is_available() and getattr(args, "hidden_size", 512) > 256]
+    if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda, but torch finds no CUDA device here: use --device cpu")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    # Networks up to a width of 256 are as a rule faster on the CPU: README's table "cuda".
-    auto = "cuda" if cuda and getattr(args, "hidden_size", math.inf) > 256 else "cpu"
     return torch.device(auto if args.device == "auto" else args.device)
 
 
