@@ -1,6 +1,7 @@
 """Command line: python -m benchmarks {run,report,compare,speed,...}."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -189,8 +190,11 @@ def main(argv: list[str]) -> int:
         if args.command == "compare":
             from benchmarks.compare import compare
 
-            print(compare(args.a, args.b))
-            return 0
+            with contextlib.suppress(BrokenPipeError):  # compare A B | head
+                print(compare(args.a, args.b), flush=True)
+                return 0
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes yet
+            return 1
         if args.command in TIMED:
             signal.signal(signal.SIGTERM, interrupt)  # what it holds must not be left behind
             return time_suite(args)

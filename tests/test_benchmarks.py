@@ -929,6 +929,16 @@ def test_a_suite_of_methods_has_its_own_table(tmp_path):
     assert report.report(tmp_path, None, check=True) == 1
 
 
+def test_compare_into_a_pipe_that_is_closed_says_nothing(classic):
+    path = classic / "classic.jsonl"
+    words = [sys.executable, "-m", "benchmarks", "compare", f"{path}:ppo", f"{path}:sb3-ppo"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 def test_methods_are_compared_seed_by_seed():
     """Seed 3, which one side alone has, does not count; nor does a length that was never logged."""
     accuracies = {"grpo": (0.5, 0.9, 0.1), "rloo": (0.6, 0.96), "dapo": (0.4, 0.8)}
