@@ -82,7 +82,8 @@ def published_cell(row: dict[str, str]) -> str:
     mean = cell(float(row["mean"])) + (f" ± {cell(float(s))}" if (s := row["spread"]) else "")
     seeds = f", {s} seed{'s' * (s != '1')}" if (s := row["seeds"]) else ""
     steps = f", {count(row['steps'])} steps" if row["steps"] else ""
-    return f"{mean}: {row['source'].split()[0]}, {row['environment']}{steps}{seeds}"
+    which = f", {row['algorithm']}" if "(" in row["algorithm"] else ""  # one of several
+    return f"{mean}: {row['source'].split()[0]}{which}, {row['environment']}{steps}{seeds}"
 
 
 def sources(rows: list[dict[str, Any]]) -> str:

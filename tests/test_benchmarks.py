@@ -488,7 +488,12 @@ def test_all_comparable_published_results_are_shown():
     hopper = groups.all_published("trpo", "Hopper-v5", 1_000_000)
     assert [(x["mean"], x["steps"]) for x in hopper] == [
         ("2046.0", "1000000"), ("3618.386", "1000000"), ("2043", ""), ("2466", "")]
-    assert report.published_cell(hopper[-1]) == "2466.0 ± 85.0: Engstrom, Hopper-v2, 80 seeds"
+    assert report.published_cell(hopper[-2]) == "2043.0 ± 100.0: Engstrom, Hopper-v2, 80 seeds"
+    assert report.published_cell(hopper[-1]) == (
+        "2466.0 ± 85.0: Engstrom, trpo+ (with details), Hopper-v2, 80 seeds")
+    # A million steps are twice 500,000, of which whole iterations of 512 leave 499,712.
+    acrobot = groups.all_published("ppo", "Acrobot-v1", 499_712)
+    assert [x["mean"] for x in acrobot] == ["-86.36", "-81.28", "-73.506"]
     assert [row["mean"] for row in found] == means
     found = groups.all_published("ppo_continuous", "HalfCheetah-v5", 1_500_000)
     assert [row["mean"] for row in found] == [*means, "7337.4"]
