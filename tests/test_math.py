@@ -583,6 +583,23 @@ def test_whatever_u_the_action_is_within_its_bounds(box, squash, dtype, u):
 # --- Another library's updates --------------------------------------------------------------------
 
 
+def twins(module: Any, model: Any, envs: Any, args: Any) -> tuple[Any, list, list]:
+    """An agent with the weights of an SB3 model, and the parameters of both, one by one."""
+    spaces: Any = SimpleNamespace(
+        single_observation_space=envs.observation_space, single_action_space=envs.action_space
+    )
+    agent = module.Agent(spaces, args)
+    layers = model.policy.mlp_extractor
+    theirs = [*layers.policy_net.parameters(), *model.policy.action_net.parameters(),
+              *layers.value_net.parameters(), *model.policy.value_net.parameters()]
+    ours = [*agent.actor.parameters(), *agent.critic.parameters()]
+    if getattr(agent, "log_std", None) is not None:
+        theirs, ours = [*theirs, model.policy.log_std], [*ours, agent.log_std]
+    for a, b in zip(ours, theirs, strict=True):
+        a.data.copy_(b)
+    return agent, ours, theirs
+
+
 @pytest.mark.parametrize("env", ["CartPole-v1", "Hopper-v5"])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_updates_of_a2c_are_those_of_stable_baselines3(env, optimizer, monkeypatch):
@@ -597,18 +614,7 @@ def test_updates_of_a2c_are_those_of_stable_baselines3(env, optimizer, monkeypat
     options |= {"vf_coef": 0.25, "seed": 1, "device": "cpu", "policy_kwargs": networks}
     model = A2C("MlpPolicy", envs, **options)
     args = a2c.Args(hidden_size=8, optimizer=optimizer, ent_coef=0.5, vf_coef=0.5)  # type: ignore
-    spaces: Any = SimpleNamespace(
-        single_observation_space=envs.observation_space, single_action_space=envs.action_space
-    )
-    agent = a2c.Agent(spaces, args)
-    layers = model.policy.mlp_extractor
-    theirs = [*layers.policy_net.parameters(), *model.policy.action_net.parameters(),
-              *layers.value_net.parameters(), *model.policy.value_net.parameters()]
-    ours = [*agent.actor.parameters(), *agent.critic.parameters()]
-    if agent.log_std is not None:
-        theirs, ours = [*theirs, model.policy.log_std], [*ours, agent.log_std]
-    for a, b in zip(ours, theirs, strict=True):
-        a.data.copy_(b)
+    agent, ours, theirs = twins(a2c, model, envs, args)
     theta, grad = a2c.flatten_parameters(agent)
     ours_steps, their_step, norms = a2c.make_optimizer(theta, args), model.train, []
 
@@ -628,3 +634,47 @@ def test_updates_of_a2c_are_those_of_stable_baselines3(env, optimizer, monkeypat
     monkeypatch.setattr(model, "train", both)
     model.learn(20 * 4 * 5)
     assert len(norms) == 20 and min(norms) > args.max_grad_norm
+
+
+@pytest.mark.parametrize("module,env", [(ppo, "CartPole-v1"), (ppo_continuous, "Hopper-v5")])
+def test_updates_of_ppo_are_those_of_stable_baselines3(module, env, monkeypatch):
+    """Four iterations of four epochs of four minibatches on its rollouts, from its first weights,
+    with advantages estimated once; ratios and gradients are clipped on the way."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    envs = make_vec_env(env, 4, seed=1)
+    networks = {"net_arch": [8, 8], "activation_fn": torch.nn.Tanh, "log_std_init": -0.5}
+    networks |= {"optimizer_kwargs": {"eps": 1e-5}}
+    options: Any = {"n_steps": 64, "batch_size": 64, "n_epochs": 4, "learning_rate": 0.01}
+    options |= {"ent_coef": 0.1, "vf_coef": 0.25, "seed": 1, "device": "cpu"}
+    model = PPO("MlpPolicy", envs, **options, policy_kwargs=networks)
+    args = module.Args(hidden_size=8, ent_coef=0.1, vf_coef=0.5, clip_vloss=False)
+    assert args.norm_adv == "minibatch" and args.clip_coef == 0.2
+    agent, ours, theirs = twins(module, model, envs, args)
+    theta, grad = module.flatten_parameters(agent)
+    optimizer = torch.optim.Adam([theta], lr=0.01, eps=1e-5)
+    draw, their_step, norms, clipped = model.rollout_buffer.get, model.train, [], []
+
+    def both():
+        taken = []
+        recording = lambda size: (taken.append(data) or data for data in draw(size))
+        monkeypatch.setattr(model.rollout_buffer, "get", recording)
+        their_step()
+        for data in taken:
+            actions = data.actions.long().flatten() if module is ppo else data.actions
+            batch = (data.observations.float(), actions, data.old_log_prob, data.advantages,
+                     data.returns, data.old_values)
+            loss, metrics = module.total_loss(agent, batch, 0.2, torch.tensor(0.0), args)
+            loss.backward()
+            norms.append(grad.norm().item())
+            grad.mul_(min(1, args.max_grad_norm / (norms[-1] + 1e-6)))
+            optimizer.step()
+            grad.zero_()
+            clipped.append(dict(zip(module.METRICS, metrics.tolist()))["clipfrac"])
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.data, b.data, rtol=1e-3, atol=1e-4)
+
+    monkeypatch.setattr(model, "train", both)
+    model.learn(4 * 4 * 64)
+    assert len(norms) == 64 and max(norms) > args.max_grad_norm and max(clipped) > 0.05
