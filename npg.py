@@ -578,12 +578,12 @@ def check_args(args: Args) -> torch.device:
                 refuse(f"--{name.replace('_', '-')} must be {words}, not {value}")
     if getattr(args, "capture_video", False) and not importlib.util.find_spec("moviepy"):
         refuse("--capture-video needs moviepy: pip install moviepy")
-    auto = ("cpu", "cuda")[torch.cuda.is_available() and getattr(args, "hidden_size", 512) > 256]
-    if args.device == "cuda" and not torch.cuda.is_available():
+    cuda, wide = torch.cuda.is_available(), getattr(args, "hidden_size", math.inf) > 256
+    if args.device == "cuda" and not cuda:
         refuse("--device cuda, but torch finds no CUDA device here: use --device cpu")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    return torch.device(auto if args.device == "auto" else args.device)
+    return torch.device({"auto": "cuda" if cuda and wide else "cpu"}.get(args.device, args.device))
 
 
 class Environments(gym.vector.SyncVectorEnv):

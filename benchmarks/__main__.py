@@ -1,7 +1,6 @@
 """Command line: python -m benchmarks {run,report,compare,speed,...}."""
 
 import argparse
-import contextlib
 import os
 import shlex
 import signal
@@ -190,11 +189,8 @@ def main(argv: list[str]) -> int:
         if args.command == "compare":
             from benchmarks.compare import compare
 
-            with contextlib.suppress(BrokenPipeError):  # compare A B | head
-                print(compare(args.a, args.b), flush=True)
-                return 0
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes yet
-            return 1
+            print(compare(args.a, args.b))
+            return 0
         if args.command in TIMED:
             signal.signal(signal.SIGTERM, interrupt)  # what it holds must not be left behind
             return time_suite(args)
@@ -233,4 +229,10 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        print(end="", flush=True)
+    except BrokenPipeError:  # who was to read it has gone, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -235,9 +235,9 @@ def card_table(rows: list[dict[str, Any]], tasks: list[Task]) -> list[str]:
              for side, run in row["runs"].items() if "failed" in run]
     lines += missing(rows, tasks)
     beside = [run["at_once"] for row in rows if "at_once" in (run := row["runs"].get("cpu", {}))]
-    counts = sorted({len(each) for row in rows for x in SIDES if (each := rates(row, x))})
+    counts = sorted({len(each) for row in rows for x in (*SIDES, "cpu") if (each := rates(row, x))})
     turns = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "no"
-    on_cpu = (f"On the CPU: the script, eager, on one thread, {max(beside)} runs at once. "
+    on_cpu = (f"On the CPU: the script, eager, on one thread, at most {max(beside)} runs at once. "
               if beside else "")
     return [
         "| Script | Environment | Eager, steps/s | with `--compile` | with CUDA graphs | SB3's "
@@ -247,8 +247,8 @@ def card_table(rows: list[dict[str, Any]], tasks: list[Task]) -> list[str]:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         *map(cuda_line, rows), "",
         f"On {rows[0]['gpu']}, torch {torches}; width: of the two hidden layers of each network. "
-        "One run of each kind, in turns of a tenth of its steps: median [least, greatest] over the "
-        f"{turns} turns after the warm-up of {WARM_UP:.0%} in which an update ended. SB3 "
+        "One run of each kind, in turns of a tenth of its steps, or of an update where that is "
+        f"longer: median [least, greatest] over {turns} turns, after {WARM_UP:.0%} to warm up. SB3 "
         "(sb3-contrib for TRPO) has the same hyperparameters, on the GPU too; a ratio is to its "
         "turn of the same round. CUDA graphs: `TORCHINDUCTOR_CUDAGRAPHS=1` beside `--compile`, "
         "which is what `torch.compile`'s "

@@ -78,7 +78,7 @@ def lookup(words: list[str], suites: dict[str, list[Group]],
     if kind in READERS:
         found = [of_row(kind, row, what) for row in READERS[kind](results)
                  if (key := speed.row_key(row))[3] == 1
-                 and all(name in (x, "*") for x, name in zip(key, names))]
+                 and all(name in (x, "*") for x, name in zip(key[:3], names, strict=True))]
         return found[0] if len(found) == 1 else (min(found), max(found))
     if kind == "tokens":
         width, precision = names

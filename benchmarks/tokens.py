@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.cuda import gpu_name
 from benchmarks.results import directory_lock, machine, write_atomically
 from benchmarks.speed import cpu, spread
-from benchmarks.suites import BANNER, ROOT, commit_of, digest, python_version
+from benchmarks.suites import ROOT, commit_of, digest, normal_form, python_version
 
 FILE = "tokens.json"
 SCRIPT = ROOT / "grpo_rloo.py"
@@ -163,14 +163,17 @@ def todo() -> list[tuple[tuple[int, int, int], bool, list[str]]]:
 
 
 def text_digest(source: str) -> str:
-    """Of the script above its plumbing, without docstrings: the same whatever Python reads it."""
-    above = source.partition(f"\n{BANNER}")[0]
-    lines = above.splitlines()
-    for node in ast.walk(ast.parse(above)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            first, last = node.lineno - 1, node.end_lineno or node.lineno
-            lines[first:last] = [""] * (last - first)
-    return digest([line for line in lines if line.strip()])
+    """Of what a script computes, like script_hash, but the same whatever Python reads it: the tree
+    of its normal form, without the empty fields that some versions add."""
+    def plain(node: Any) -> Any:
+        if isinstance(node, list):
+            return [plain(x) for x in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        fields = {name: plain(x) for name, x in ast.iter_fields(node) if x not in (None, [])}
+        return [type(node).__name__, fields]
+
+    return digest(plain(ast.parse(normal_form(source))))
 
 
 def key(row: dict[str, Any]) -> tuple[int, bool]:

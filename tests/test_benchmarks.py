@@ -572,7 +572,7 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
                     "{tokens|384|bf16|eager share} {tokens|384|f32|eager share}") == "8 3 50 25 50"
     for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{x}",
                   "{tokens|64|bf16|eager}", "{cuda|a2c|E|v|eager}", "{speed|a2c|E||eager}",
-                  "{speed|*|F|*|eager}",
+                  "{speed|*|F|*|eager}", "{speed|a2c|eager}", "{speed|a2c|E|v|*|eager}",
                   "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
             prose_of(wrong)
@@ -934,14 +934,17 @@ def test_a_suite_of_methods_has_its_own_table(tmp_path):
     assert report.report(tmp_path, None, check=True) == 1
 
 
-def test_compare_into_a_pipe_that_is_closed_says_nothing(classic):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_is_closed_gets_no_traceback(classic, unbuffered):
     path = classic / "classic.jsonl"
-    words = [sys.executable, "-m", "benchmarks", "compare", f"{path}:ppo", f"{path}:sb3-ppo"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    ended = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (ended.returncode, ended.stderr) == (1, "")
+    for words in (["compare", f"{path}:ppo", f"{path}:sb3-ppo"], ["report", str(classic)]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "benchmarks", *words]
+        more = {"env": os.environ | {"PYTHONUNBUFFERED": unbuffered}, "cwd": ROOT, "text": True}
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, **more)
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (1, ""), words
 
 
 def test_methods_are_compared_seed_by_seed():

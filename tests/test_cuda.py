@@ -48,7 +48,7 @@ def run(script: str, *flags: Any, **variables: str) -> str:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("script", FLAGS)
 def test_trains_on_a_gpu_and_its_checkpoint_serves_everywhere(script, way, tmp_path):
-    """Evaluated on the GPU and on a CPU; resumed for more steps."""
+    """Trained on the GPU; evaluated there and on a CPU; resumed for more steps."""
     more, variables = WAYS[way]
     flags = [*FLAGS[script].split(), "--device", "cuda", *more]
     flags += ["--eval-episodes", "2", "--run-dir", tmp_path]
@@ -59,6 +59,8 @@ def test_trains_on_a_gpu_and_its_checkpoint_serves_everywhere(script, way, tmp_p
     run(script, *flags, **variables)
     summary = json.loads((tmp_path / "summary.json").read_text())
     checkpoint = tmp_path / "checkpoint.pt"
+    weights = torch.load(checkpoint, weights_only=True)["state"][0]
+    assert {x.device.type for x in weights.values()} == {"cuda"}
     for device in ("cuda", "cpu"):
         assert "Evaluated" in run(script, "--evaluate", checkpoint, "--device", device)
     again = ["--resume", checkpoint, "--device", "cuda"]

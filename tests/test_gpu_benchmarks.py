@@ -239,3 +239,13 @@ def test_curves_without_enough_points_are_no_rate(tmp_path):
     writer = SummaryWriter(str(tmp_path / "run"))
     writer.close()
     assert "no points" in cuda.found_in(run)["failed"]
+
+
+def test_the_digest_of_a_text_is_of_what_it_computes():
+    """Not of its words; and of flatten_parameters, which stands below the banner, all the same."""
+    source, digest = tokens.SCRIPT.read_text(), tokens.text_digest
+    same = source.replace("A laboratory, not", "No laboratory, but").replace("  # ", "  # so: ")
+    assert same != source and digest(same) == digest(source)
+    for old, new in (("torch.min(ratio", "torch.max(ratio"), ("zeros_like(theta)", "ones_like(theta)")):
+        assert source.count(old) >= 1
+        assert digest(source.replace(old, new)) != digest(source)
