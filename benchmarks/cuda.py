@@ -28,6 +28,7 @@ from benchmarks.speed import (
     at_share,
     facts,
     keep_row,
+    least_to_greatest,
     make_job,
     measured,
     read_rows,
@@ -235,8 +236,8 @@ def card_table(rows: list[dict[str, Any]], tasks: list[Task]) -> list[str]:
              for side, run in row["runs"].items() if "failed" in run]
     lines += missing(rows, tasks)
     beside = [run["at_once"] for row in rows if "at_once" in (run := row["runs"].get("cpu", {}))]
-    counts = sorted({len(each) for row in rows for x in (*SIDES, "cpu") if (each := rates(row, x))})
-    turns = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "no"
+    counts = [len(each) for row in rows for x in (*SIDES, "cpu") if (each := rates(row, x))]
+    turns = least_to_greatest(counts or [0])
     on_cpu = (f"On the CPU: the script, eager, on one thread, at most {max(beside)} runs at once. "
               if beside else "")
     return [

@@ -25,7 +25,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.runner import command_line, environment
-from benchmarks.speed import WARM_UP, cpu, facts, keep_row, measured, read_rows, row_name, spread
+from benchmarks.speed import (
+    WARM_UP,
+    cpu,
+    facts,
+    keep_row,
+    least_to_greatest,
+    measured,
+    read_rows,
+    row_name,
+    spread,
+)
 from benchmarks.suites import ROOT, BenchmarkError, Job, Task, commit_of, library_versions
 from benchmarks.suites import script_hash as hash_of
 
@@ -307,6 +317,7 @@ def limit_section(rows: list[dict[str, Any]]) -> list[str]:
     """The table, in Markdown; empty if nothing was measured."""
     if not rows:
         return []
+    rounds = least_to_greatest(len(row["rounds"]) for row in rows)
     return [
         "### limit", "",
         "| Script | Environment | Environment, µs a step | Networks, µs | Eager, µs "
@@ -318,7 +329,7 @@ def limit_section(rows: list[dict[str, Any]]) -> list[str]:
         "(`benchmarks/limit.py`), done after each of its iterations, twice, and clocked the second "
         "time, in warm caches. Microseconds per environment step, of grpo_rloo per completion; the "
         "first two columns are of the eager run, a share is of its own run; "
-        f"median [least, greatest] of {min(len(row['rounds']) for row in rows)} rounds, each in "
+        f"median [least, greatest] of {rounds} rounds, each in "
         "one process on one thread. "
         f"{measured(rows)}",
         "", *(short := short_of_targets(rows)), *[""] * bool(short),

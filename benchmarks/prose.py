@@ -1,12 +1,14 @@
 """The sentences on the results: prose.md, whose figures are fields, filled from the results files.
 
-(Figures that are not measured here, such as published ones, and those of comparisons that a command
-makes, are plain text there.) A field stands in braces, its words apart by bars, and gives a whole
-number or, with :2 at its end, one of two decimals:
+(Figures that are not measured here, such as published ones, and those of the llm table's
+differences, are plain text there.) A field stands in braces, its words apart by bars, and gives a
+whole number or, with :2 at its end, one of two decimals:
 
     {mujoco|Hopper-v5|trpo|return}    mean over the seeds; also: evaluation, least and greatest
                                       return, seeds (their number in words), and of grpo_rloo
                                       accuracy and, of a single seed, worst (both in percent)
+    {mujoco|Hopper-v5|trpo|npg|difference}    the second's IQM less the first's, with its interval:
+                                      1,084 [-268, 2,114], as compare says it
     {speed|ppo_continuous|HalfCheetah-v5|1 x 2048|eager:2}    median ratio to the peer; or compiled
     {limit|a2c|CartPole-v1||compiled} median share of the limit, in percent; or eager
     {threshold|ppo|CartPole-v1||eager}    median seconds; or compiled, peer
@@ -33,6 +35,7 @@ import numpy as np
 
 from benchmarks import cuda, limit, scaling, speed, threshold, tokens
 from benchmarks.groups import Group
+from benchmarks.stats import difference_of_iqm, paired_interval
 from benchmarks.suites import BenchmarkError
 
 TEMPLATE = Path(__file__).resolve().parent / "prose.md"
@@ -85,6 +88,11 @@ def lookup(words: list[str], suites: dict[str, list[Group]],
         part, _, share = what.partition(" ")
         rates, shares = tokens.rates_and_shares(results, int(width), precision == "bf16", part)
         return statistics.median(shares if share else rates)
+    if what == "difference":
+        sides = [next(x.finals for x in suites[kind] if (x.env, x.label) == (names[0], name))
+                 for name in names[1:]]
+        gain, low, high = paired_interval(difference_of_iqm, sides[1:], sides[:1])
+        return f"{gain:,.0f} [{low:,.0f}, {high:,.0f}]"
     env, label = names
     (group,) = [group for group in suites[kind] if (group.env, group.label) == (env, label)]
     return of_group(group, what)
@@ -101,7 +109,7 @@ def fill(template: str, suites: dict[str, list[Group]], results: Path) -> str:
             both = found if isinstance(found, tuple) else (found,)
             texts = ["never" if x == math.inf else f"{x:,.{int(digits or 0)}f}" for x in both]
             return " to ".join(dict.fromkeys(texts))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, StopIteration, TypeError, ValueError) as error:
             raise BenchmarkError(f"{TEMPLATE.name}: no result for {field[0]}: {error!r}") from None
 
     return wrapped(re.sub(r"\{([^{}]+)\}", value, template))

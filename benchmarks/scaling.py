@@ -84,16 +84,18 @@ def scaling_section(rows: list[dict[str, Any]]) -> list[str]:
         return []
     # Environments before widths, each from few to many.
     order = lambda row: (row["flags"].get("hidden_size", 0), row["flags"]["num_envs"])
+    seeds = min(len(row["seeds"]) for row in rows)
     return [
         "### scaling", "",
         "| Script | Environment | What grows | Steps/s | with `--compile` | Seconds to the level "
         "| with `--compile` | Steps to it | Environments alone, steps/s | vectorised, steps/s |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
         *map(scaling_line, sorted(rows, key=order)), "",
-        f"Median [least, greatest] of {min(len(x['seeds']) for x in rows)} seeds, on one thread. "
+        f"Median [least, greatest] of {seeds} seeds, on one thread. "
         f"The level: a mean return of {rows[0]['level']:g} over the last 100 training episodes; "
         f"never: not within {rows[0]['steps']:,} steps. The last columns: the environments without "
         "an agent, stepped one after the other, as the scripts do, and all at once, by Gymnasium's "
         f"vectorised CartPole. {measured(rows)}",
-        "", "```", "python -m benchmarks scaling", "python -m benchmarks report", "```", "",
+        "", "```", f"python -m benchmarks scaling --seeds {seeds}",
+        "python -m benchmarks report", "```", "",
     ]

@@ -15,7 +15,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -208,11 +208,16 @@ def cpu(row: dict[str, Any]) -> str:
     return row["machine"]["cpu"].replace("(R)", "").removesuffix(" Processor")
 
 
+def least_to_greatest(values: Iterable[Any]) -> str:
+    """3, 5, 5 -> "3 to 5", and 5, 5 -> "5"."""
+    ordered = sorted(values)
+    return " to ".join(dict.fromkeys((f"{ordered[0]}", f"{ordered[-1]}")))
+
+
 def measured(rows: list[dict[str, Any]]) -> str:
     """When and on what rows were measured, and which of an earlier text of their script."""
     machines = sorted({f"{x['machine']['cpu']}, {x['machine']['cores']} cores" for x in rows})
-    dates = sorted({row["date"] for row in rows})
-    when = f"{dates[0]} to {dates[-1]}" if dates[1:] else dates[0]
+    when = least_to_greatest(row["date"] for row in rows)
     scripts = {name: ROOT / f"{name}.py" for name in {row["script"] for row in rows}}
     current = {name: script_hash(path) for name, path in scripts.items() if path.is_file()}
     stale = sorted({row_name(row) for row in rows

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.cuda import gpu_name
 from benchmarks.results import directory_lock, machine, write_atomically
-from benchmarks.speed import cpu, spread
+from benchmarks.speed import cpu, least_to_greatest, spread
 from benchmarks.suites import ROOT, commit_of, digest, normal_form, python_version
 
 FILE = "tokens.json"
@@ -267,13 +267,12 @@ def tokens_section(results: Path) -> list[str]:
 
 def card_table(found: dict[str, Any]) -> list[str]:
     rows, peaks, lines = found["rows"], found["peak"], missing(found["rows"])
-    batch, dates = rows[0]["prompts"] * GROUP, sorted({row["date"] for row in rows})
-    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    batch, when = rows[0]["prompts"] * GROUP, least_to_greatest(row["date"] for row in rows)
     calls = min(len(part["seconds"]) for row in rows for part in row["parts"].values())
     stale = found["text"] != text_digest(SCRIPT.read_text())
     earlier = " The script's text has changed since." * stale
     return [
-        "| Parameters | Precision | | Tokens/s | % of the card's peak |",
+        "| Parameters | Precision | Part | Tokens/s | % of the card's peak |",
         "|--:|---|---|--:|--:|",
         *(line for row in rows for line in tokens_lines(row, peaks)), "",
         f"grpo_rloo.py's network, larger, on {found['gpu']}, torch {found['torch']}; bf16: under "

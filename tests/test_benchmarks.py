@@ -541,6 +541,11 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
     assert prose_of(group % "accuracy" + ", " + group % "worst") == "900, 800"
     assert prose_of(group % "evaluation" + "\nand\n\na:\n- as\n  it is\n") == (
         "9 and\n\na:\n- as\n  it is")
+    sides = [make_record(script=name, seed=s, final=final)
+             for name, final in (("ppo", 10.0), ("a2c", 1234.0)) for s in range(3)]
+    suites_ |= {"both": groups.group_records(sides, None)[0]}
+    assert prose_of("{both|CartPole-v1|ppo|a2c|difference}") == "1,224 [1,224, 1,224]"
+    assert prose_of("{both|CartPole-v1|a2c|ppo|difference}") == "-1,224 [-1,224, -1,224]"
     row = {"script": "a2c", "env": "E", "variant": "v", "threads": 1}
     sides = lambda eager, peer: {"eager": [eager], "compiled": [eager], "peer": [peer]}
     part = {name: 1.0 for name in (*limit.PARTS, *limit.BARE)}
@@ -572,7 +577,8 @@ def test_the_sentences_are_filled_from_the_results(tmp_path):
                     "{tokens|384|bf16|eager share} {tokens|384|f32|eager share}") == "8 3 50 25 50"
     for wrong in ("{y|CartPole-v1|ppo|return}", "{x|CartPole-v1|a2c|return}", "{x}",
                   "{tokens|64|bf16|eager}", "{cuda|a2c|E|v|eager}", "{speed|a2c|E||eager}",
-                  "{speed|*|F|*|eager}", "{speed|a2c|eager}", "{speed|a2c|E|v|*|eager}",
+                  "{speed|*|F|*|eager}", "{speed|a2c|eager}",
+                  "{both|CartPole-v1|ppo|npg|difference}", "{speed|a2c|E|v|*|eager}",
                   "{x|CartPole-v1|ppo|mean}", "{speed|a2c|E|v|eager:a}"):
         with pytest.raises(suites.BenchmarkError, match=re.escape(f"no result for {wrong}")):
             prose_of(wrong)
