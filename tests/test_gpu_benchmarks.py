@@ -246,6 +246,6 @@ def test_the_digest_of_a_text_is_of_what_it_computes():
     source, digest = tokens.SCRIPT.read_text(), tokens.text_digest
     same = source.replace("A laboratory, not", "No laboratory, but").replace("  # ", "  # so: ")
     assert same != source and digest(same) == digest(source)
-    for old, new in (("min(ratio", "max(ratio"), ("zeros_like(theta)", "ones_like(theta)")):
+    for old, new in (("min(ratio * A", "max(ratio * A"), ("zeros_like(theta)", "ones_like(theta)")):
         assert source.count(old) == 1
         assert digest(source.replace(old, new)) != digest(source)
