@@ -1,6 +1,7 @@
 """Results files -> report.md, report.csv, the README's section, and the pictures."""
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -35,12 +36,13 @@ from benchmarks.sampling import sampling_section
 from benchmarks.scaling import read_scaling, scaling_section
 from benchmarks.speed import read_speed, speed_section
 from benchmarks.stats import coverage_note, iqm_interval
-from benchmarks.suites import ROOT, BenchmarkError, Job, Suite, code_hash, load_suite
+from benchmarks.suites import ROOT, BenchmarkError, Job, Suite, code_hash, digest, load_suite
 from benchmarks.threshold import read_threshold, threshold_section
 from benchmarks.tokens import tokens_section
 
 SHOWN = (("classic", "CartPole-v1"), ("mujoco", "HalfCheetah-v5"))  # in the README's first table
 LADDER, LADDER_PICTURE = ("mujoco", "HalfCheetah-v5"), "ladder.png"  # at the top of the README
+PICTURES = "pictures.json"
 # Sections that come first, in this order; the others follow in the alphabet's.
 FIRST = ("classic", "mujoco", "lunarlander", "mujoco3m", "llm", "addition", "countdown")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -281,9 +283,35 @@ def replace_section(text: str, section: str) -> str:
     return f"{before}{BEGIN}\n{section}{END}{rest.split(END, 1)[1]}"
 
 
+def shown_by(results: Path, random: dict[str, Any],
+             suites: list[tuple[str, list[Group], Normalised]],
+             llms: list[tuple[str, list[Group]]]) -> dict[str, str]:
+    """Each picture's file name, and a digest of the results that it shows."""
+    plain = lambda groups: [[group.env, group.label, group.records] for group in groups]
+    shown: dict[str, Any] = {f"{name}_curves.png": plain(groups) for name, groups in llms}
+    for name, groups, scores in suites:
+        shown[f"{name}_curves.png"] = [plain(groups), random]
+        if scores.scores:
+            of_env = {label: [x.tolist() for x in each] for label, each in scores.scores.items()}
+            shown[f"{name}_aggregate.png"] = of_env
+    if rungs := ladder(suites):
+        shown[LADDER_PICTURE] = [plain(rungs), random]
+    if rows := step_sizes.summary(results):
+        shown[step_sizes.PICTURE] = [row | {"finals": row["finals"].tolist()} for row in rows]
+    return {name: digest(value) for name, value in shown.items()}
+
+
+def drawn(results: Path, shown: dict[str, str]) -> dict[str, list[str]]:
+    """What PICTURES should hold: of each picture there is, what it shows and a hash of its bytes."""
+    files = {name: results / name for name in shown}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+              for name, path in files.items() if path.exists()}
+    return {name: [shown[name], found] for name, found in sorted(hashes.items())}
+
+
 def draw(results: Path, random: dict[str, Any], suites: list[tuple[str, list[Group], Normalised]],
          llms: list[tuple[str, list[Group]]]) -> None:
-    """All pictures."""
+    """All pictures, and PICTURES, which says what they show."""
     from benchmarks.plots import plot_aggregate, plot_curves, plot_ladder
 
     for name, groups in llms:
@@ -296,11 +324,13 @@ def draw(results: Path, random: dict[str, Any], suites: list[tuple[str, list[Gro
         plot_ladder(rungs, random, results / LADDER_PICTURE)
     if step_sizes.summary(results):
         step_sizes.plot(results)
+    now = drawn(results, shown_by(results, random, suites, llms))
+    write_atomically(results / PICTURES, json.dumps(now, indent=1) + "\n")
 
 
 def report(results: Path, readme: Path | None, check: bool) -> int:
-    """Write everything that is made from the results; with check, compare the texts instead and see
-    that the pictures are there. Status 1 if something is stale."""
+    """Write everything that is made from the results; with check, compare the texts instead, and of
+    the pictures whether they were drawn from these results. Status 1 if something is stale."""
     if not results.is_dir():
         raise BenchmarkError(f"no results: {results} is not a directory of results files")
     if readme is None and results.resolve() == RESULTS:
@@ -369,11 +399,10 @@ def report(results: Path, readme: Path | None, check: bool) -> int:
         texts[readme] = replace_section(fill_table(text, groups_of), section)
     if check:
         stale = [p for p, text in texts.items() if not p.exists() or p.read_text() != text]
-        pictures = [results / f"{name}_curves.png" for name, *_ in todo + llms]
-        pictures += [results / f"{name}_aggregate.png" for name, _, s in todo if s.scores]
-        pictures += [results / step_sizes.PICTURE] * bool(step_sizes.summary(results))
-        pictures += [results / LADDER_PICTURE] * bool(ladder(todo))
-        stale += [path for path in pictures if not path.exists()]
+        shown, path = shown_by(results, random, todo, llms), results / PICTURES
+        written = json.loads(path.read_text()) if path.exists() else {}
+        now = drawn(results, shown)
+        stale += [results / name for name in shown if written.get(name) != now.get(name, "")]
         for path in stale:
             print(f"{path} is stale: python -m benchmarks report", file=sys.stderr)
         return 1 if stale else 0

@@ -341,6 +341,18 @@ def test_report_is_reproducible_and_knows_when_it_is_stale(classic, capsys):
     assert main(arguments) == 0
     assert {path.name: path.read_bytes() for path in classic.iterdir()} == made
     capsys.readouterr()
+    # A point of a curve that no table shows: the pictures alone are stale.
+    text = (classic / "classic.jsonl").read_text()
+    first, _, others = text.partition("\n")
+    record = json.loads(first)
+    record["curve"]["return"][1] = -7.0
+    (classic / "classic.jsonl").write_text(json.dumps(record) + "\n" + others)
+    assert main([*arguments, "--check"]) == 1
+    said = capsys.readouterr().err
+    assert "classic_curves.png is stale" in said and "report.md" not in said
+    (classic / "classic.jsonl").write_text(text)
+    assert main([*arguments, "--check"]) == 0
+    capsys.readouterr()
     results.merge_records(classic / "classic.jsonl", [make_record(seed=3, final=1.0)])
     assert main([*arguments, "--check"]) == 1
     assert "README.md is stale" in capsys.readouterr().err
@@ -936,7 +948,13 @@ def test_a_suite_of_methods_has_its_own_table(tmp_path):
     assert "| 91.5 (91.0 to 92.0) | 91.5 [91.0, 92.0] | 0.250 | - |" in text
     assert "episode" not in text and (tmp_path / "methods_curves.png").stat().st_size > 10_000
     assert report.report(tmp_path, None, check=True) == 0
-    (tmp_path / "methods_curves.png").unlink()
+    picture = tmp_path / "methods_curves.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-1])
+    assert report.report(tmp_path, None, check=True) == 1
+    picture.write_bytes(whole)
+    assert report.report(tmp_path, None, check=True) == 0
+    picture.unlink()
     assert report.report(tmp_path, None, check=True) == 1
 
 
