@@ -302,7 +302,7 @@ def shown_by(results: Path, random: dict[str, Any],
 
 
 def drawn(results: Path, shown: dict[str, str]) -> dict[str, list[str]]:
-    """What PICTURES should hold: of each picture there is, what it shows and a hash of its bytes."""
+    """What PICTURES should hold: of each picture there is, what it shows and its bytes' hash."""
     files = {name: results / name for name in shown}
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
               for name, path in files.items() if path.exists()}
