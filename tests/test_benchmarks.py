@@ -958,10 +958,10 @@ def test_a_suite_of_methods_has_its_own_table(tmp_path):
     assert report.report(tmp_path, None, check=True) == 1
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_pipe_that_is_closed_gets_no_traceback(classic, unbuffered):
-    path = classic / "classic.jsonl"
-    for words in (["compare", f"{path}:ppo", f"{path}:sb3-ppo"], ["report", str(classic)]):
+def test_a_pipe_that_is_closed_gets_no_traceback(classic):
+    """Neither from a print, which writes at once if unbuffered, nor from the flush at the end."""
+    words = ["compare", f"{classic}/classic.jsonl:ppo", f"{classic}/classic.jsonl:sb3-ppo"]
+    for unbuffered in ("", "1"):
         reader, writer = os.pipe()
         os.close(reader)
         command = [sys.executable, "-m", "benchmarks", *words]
