@@ -84,7 +84,7 @@ class Args:
     checkpoint_every: int | None = None
     """steps between checkpoints, each of which cuts the open episodes; by default 10 % of all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes CUDA, if there is any, above a hidden_size of 256"""
+    """of the networks; auto: CUDA, if any, above a hidden_size of 256, as CPUs mostly win below"""
     num_threads: int = 1
     """CPU threads of torch; bits are promised to repeat with 1 alone"""
     compile: bool = False
